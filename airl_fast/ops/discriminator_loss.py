@@ -1,0 +1,218 @@
+"""The discriminator's loss, for telling the expert's spans from the policy's.
+
+S spans. In AIRL (Fu et al. 2018, arXiv 1710.11248) the discriminator is
+D = exp f / (exp f + pi) = sigmoid(f - log pi), so its logit, high for experts, is f - log pi.
+"""
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from airl_fast.ops.dispatch import implements, pick
+from airl_fast.ops.segments import check_finite, check_option, check_vector
+
+FORMS = ("airl", "logit", "wgan")
+
+
+class DiscriminatorStats(NamedTuple):
+    """Unweighted means over spans: float32 scalars, detached, NaN where there are no spans.
+
+    The logit is the one that the loss uses, after its temperature ("wgan": f), and
+    D = sigmoid(logit). A positive logit votes for the expert, a logit of exactly 0 for the policy.
+    """
+
+    accuracy: Tensor
+    accuracy_expert: Tensor  # over the spans of experts
+    accuracy_policy: Tensor  # over all other spans
+    d_expert: Tensor
+    d_policy: Tensor
+    d_entropy: Tensor  # of the coin that D is, in nats: log 2 where it cannot tell, 0 where sure
+    mean_f_expert: Tensor
+    mean_f_policy: Tensor
+    mean_logit_expert: Tensor
+    mean_logit_policy: Tensor
+
+
+def discriminator_loss(
+    f: Tensor,
+    logp: Tensor,
+    is_expert: Tensor,
+    *,
+    form: Literal["airl", "logit", "wgan"] = "airl",
+    label_smoothing: float = 0.0,
+    weight: Tensor | None = None,
+    temperature: float = 1.0,
+) -> tuple[Tensor, DiscriminatorStats]:
+    """Tell expert spans from policy spans by f, and say how well it went.
+
+    "airl" and "logit" are binary cross-entropy with logits ``(f - logp) / temperature`` and
+    ``f / temperature``, targets ``y (1 - s) + s / 2`` with s = ``label_smoothing``, averaged as
+    ``sum(weight * loss) / sum(weight)``. "wgan" is the mean f of policy spans minus the mean f of
+    expert spans, each weighted; a class that is absent counts as 0. Differentiates ``f``, and
+    ``logp`` with "airl" (the other forms do not read it but for its shape).
+
+    Args:
+        f: [S] the discriminator's energy per span, floating point, finite.
+        logp: [S] log pi of each span, in nats, floating point, finite.
+        is_expert: [S] bool.
+        form: "airl", "logit" or "wgan".
+        label_smoothing: in [0, 1); 0 with "wgan".
+        weight: [S] floating point, at least 0, a constant; None means 1 for every span.
+        temperature: above 0; 1 with "wgan".
+
+    Returns:
+        The loss, a float32 scalar (0 if S is 0), and its statistics.
+
+    Raises:
+        ValueError: wrong shapes, dtypes or devices, non-finite values, negative weights, weights
+            that sum to 0, or an unknown or contradictory option.
+    """
+    _check(f, logp, is_expert, weight)
+    check_option("discriminator_loss", "form", form, FORMS)
+    if not 0.0 <= label_smoothing < 1.0:
+        raise ValueError(
+            f"discriminator_loss: expected label_smoothing in [0, 1), received {label_smoothing}"
+        )
+    if not 0.0 < temperature < float("inf"):
+        raise ValueError(
+            f"discriminator_loss: expected a finite temperature above 0, received {temperature}"
+        )
+    if form == "wgan" and (label_smoothing != 0.0 or temperature != 1.0):
+        raise ValueError(
+            "discriminator_loss: form='wgan' has neither labels to smooth nor a temperature, "
+            f"received label_smoothing={label_smoothing} and temperature={temperature}; "
+            "leave both out"
+        )
+    loss, stats = torch.ops.airl_fast.discriminator_loss(
+        f, logp, is_expert, weight, form, float(label_smoothing), float(temperature)
+    )
+    return loss, DiscriminatorStats(*stats.detach().unbind())
+
+
+def _check(f: Tensor, logp: Tensor, is_expert: Tensor, weight: Tensor | None) -> None:
+    named = {"f": f, "logp": logp} if weight is None else {"f": f, "logp": logp, "weight": weight}
+    for name, x in named.items():
+        check_vector("discriminator_loss", name, x)
+        if x.shape != f.shape or x.device != f.device:
+            raise ValueError(
+                f"discriminator_loss: expected {name} of shape {tuple(f.shape)} on {f.device}, as "
+                f"f is, received {tuple(x.shape)} on {x.device}; pass one value per span"
+            )
+    if is_expert.shape != f.shape or is_expert.dtype != torch.bool or is_expert.device != f.device:
+        raise ValueError(
+            f"discriminator_loss: expected is_expert to be bool of shape {tuple(f.shape)} on "
+            f"{f.device}, received {is_expert.dtype} of shape {tuple(is_expert.shape)} on "
+            f"{is_expert.device}; True marks the expert's spans"
+        )
+
+
+@torch.library.custom_op("airl_fast::discriminator_loss", mutates_args=())
+def _loss(
+    f: Tensor,
+    logp: Tensor,
+    is_expert: Tensor,
+    weight: Tensor | None,
+    form: str,
+    label_smoothing: float,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """Return the loss [] and the statistics [10], in the order of DiscriminatorStats."""
+    check_finite("discriminator_loss", "f", f)
+    check_finite("discriminator_loss", "logp", logp)
+    if weight is not None:
+        check_finite("discriminator_loss", "weight", weight)
+        if bool((weight < 0).any()) or (f.shape[0] > 0 and not bool((weight > 0).any())):
+            raise ValueError(
+                "discriminator_loss: expected weights of at least 0, some above it, received "
+                f"{weight.min().item()} to {weight.max().item()}; leave out a batch that counts "
+                "for nothing"
+            )
+    serving = pick("discriminator_loss", f)
+    return serving(f, logp, is_expert, weight, form, label_smoothing, temperature)
+
+
+@_loss.register_fake
+def _(
+    f: Tensor,
+    logp: Tensor,
+    is_expert: Tensor,
+    weight: Tensor | None,
+    form: str,
+    label_smoothing: float,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    fields = len(DiscriminatorStats._fields)
+    return f.new_empty((), dtype=torch.float32), f.new_empty(fields, dtype=torch.float32)
+
+
+def _logits_expert_is_high(f: Tensor, logp: Tensor, form: str, temperature: float) -> Tensor:
+    """Return the logit of D [S], in float64: f - log pi in AIRL's own form."""
+    f = f.double()
+    return (f - logp.double() if form == "airl" else f) / temperature
+
+
+def _weights(f: Tensor, weight: Tensor | None) -> Tensor:
+    return torch.ones_like(f, dtype=torch.float64) if weight is None else weight.double()
+
+
+def _normalised(weight: Tensor) -> Tensor:
+    """Weights that sum to 1, or to 0 if they do already."""
+    total = weight.sum()
+    return weight / torch.where(total > 0, total, 1.0)
+
+
+@implements("discriminator_loss", "reference")
+def _loss_reference(
+    f: Tensor,
+    logp: Tensor,
+    is_expert: Tensor,
+    weight: Tensor | None,
+    form: str,
+    label_smoothing: float,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    logits = _logits_expert_is_high(f, logp, form, temperature)
+    w, y = _weights(f, weight), is_expert.double()
+    if form == "wgan":
+        loss = (_normalised(w * (1 - y)) * logits).sum() - (_normalised(w * y) * logits).sum()
+    else:
+        # -y log D - (1 - y) log(1 - D), each term by a softplus that cannot overflow.
+        target = y * (1 - label_smoothing) + label_smoothing / 2
+        losses = target * softplus(-logits) + (1 - target) * softplus(logits)
+        loss = (_normalised(w) * losses).sum()
+    return loss.float(), _statistics(f.double(), logits, is_expert)
+
+
+def _statistics(f: Tensor, logits: Tensor, is_expert: Tensor) -> Tensor:
+    """Compute DiscriminatorStats as one vector [10]; the mean of nothing is NaN."""
+    right = ((logits > 0) == is_expert).double()
+    d = logits.sigmoid()
+    entropy = softplus(logits) - logits * d
+    expert, policy = is_expert, ~is_expert
+    by_class = [x[c].mean() for x in (right, d, f, logits) for c in (expert, policy)]
+    right_and_d, f_and_logits = by_class[:4], by_class[4:]
+    return torch.stack([right.mean(), *right_and_d, entropy.mean(), *f_and_logits]).float()
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    f, logp, is_expert, weight, ctx.form, ctx.label_smoothing, ctx.temperature = inputs
+    ctx.save_for_backward(f, logp, is_expert, weight)
+
+
+def _backward(ctx: Any, grad: Tensor, _stats: Tensor) -> tuple[Tensor | None, ...]:
+    """D BCE / d logit = D - target; d wgan / d f = the normalised weights, minus for experts."""
+    f, logp, is_expert, weight = ctx.saved_tensors
+    w, y = _weights(f, weight), is_expert.double()
+    if ctx.form == "wgan":
+        df = grad * (_normalised(w * (1 - y)) - _normalised(w * y))
+    else:
+        d = _logits_expert_is_high(f, logp, ctx.form, ctx.temperature).sigmoid()
+        target = y * (1 - ctx.label_smoothing) + ctx.label_smoothing / 2
+        df = grad * _normalised(w) * (d - target) / ctx.temperature
+    dlogp = -df.to(logp.dtype) if ctx.form == "airl" and ctx.needs_input_grad[1] else None
+    return df.to(f.dtype), dlogp, None, None, None, None, None
+
+
+_loss.register_autograd(_backward, setup_context=_keep)

@@ -1,0 +1,166 @@
+"""Which backend serves an operator, chosen per call, never in silence.
+
+An operator registers one implementation per backend. Each states, for given tensors, whether it
+can serve them: ``serves(*tensors)`` returns None, or the reason why it cannot. The best backend
+that serves the call is picked (``cuda``, ``triton``, ``cpu``, ``reference``, in that order);
+``backend(name)`` or the environment variable ``AIRL_FAST_BACKEND`` forces one, and a forced
+backend that cannot serve the call raises.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+_ENV = "AIRL_FAST_BACKEND"
+_forced: ContextVar[str | None] = ContextVar("airl_fast_backend", default=None)
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One backend of one operator."""
+
+    function: Callable[..., Any]
+    serves: Callable[..., str | None]  # tensors -> None, or the reason why not
+
+
+_registry: dict[str, dict[str, Implementation]] = {}
+
+
+def always(*tensors: torch.Tensor) -> str | None:
+    """Serve any dtype on any device: what the reference backend does."""
+    return None
+
+
+def implements(
+    op: str, backend_name: str, serves: Callable[..., str | None] = always
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register the decorated function as the implementation of ``op`` on a backend."""
+
+    def add(function: Callable[..., Any]) -> Callable[..., Any]:
+        _registry.setdefault(op, {})[_checked(backend_name)] = Implementation(function, serves)
+        return function
+
+    return add
+
+
+def pick(op: str, *tensors: torch.Tensor) -> Callable[..., Any]:
+    """Return the implementation of ``op`` that serves these tensors.
+
+    Raises:
+        RuntimeError: the forced backend does not exist for ``op`` or cannot serve the tensors.
+    """
+    implementations = _registry[op]
+    forced = _forced.get() or os.environ.get(_ENV) or None
+    if forced is not None:
+        reason = _reason(implementations, _checked(forced), tensors)
+        if reason is not None:
+            raise RuntimeError(
+                f"{op}: backend {forced!r} was forced but cannot serve this call: {reason}; "
+                f"unset {_ENV} or leave airl_fast.backend() to let the library choose"
+            )
+        return implementations[forced].function
+    for name in BACKENDS:
+        if _reason(implementations, name, tensors) is None:
+            return implementations[name].function
+    raise RuntimeError(f"{op}: no backend serves this call")
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Force a backend for every operator called inside the ``with`` block.
+
+    Args:
+        name: ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
+
+    Raises:
+        ValueError: the name is unknown.
+        RuntimeError: (at the call) the backend cannot serve an operator, naming why.
+    """
+    token = _forced.set(_checked(name))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+@dataclass(frozen=True)
+class Serving:
+    """Which backend serves one operator on one device, and why each of the others does not."""
+
+    op: str
+    device: str
+    backend: str
+    refused: dict[str, str]  # backend -> reason; backends that could serve it too are left out
+
+    @property
+    def why_not(self) -> str:
+        """The refusals in words, backends with the same reason together; empty if none."""
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in self.refused.items():
+            by_reason.setdefault(reason, []).append(name)
+        return "; ".join(f"{', '.join(names)}: {reason}" for reason, names in by_reason.items())
+
+    def __str__(self) -> str:
+        why_not = f" ({self.why_not})" if self.refused else ""
+        return f"{self.op} on {self.device}: {self.backend}{why_not}"
+
+
+@dataclass(frozen=True, repr=False)
+class Explanation:
+    """What ``explain()`` found: rows to work with, lines to read when printed."""
+
+    rows: tuple[Serving, ...]
+
+    def __repr__(self) -> str:
+        return "\n".join(str(row) for row in self.rows)
+
+
+def explain() -> Explanation:
+    """Say which backend serves each operator on each device here, and why not the others."""
+    for module in _OPERATOR_MODULES:
+        import_module(f"airl_fast.ops.{module}")
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    rows = []
+    for op in sorted(_registry):
+        for device in devices:
+            probe = torch.empty(1, device=device)
+            reasons = {name: _reason(_registry[op], name, (probe,)) for name in BACKENDS}
+            chosen = next(name for name in BACKENDS if reasons[name] is None)
+            refused = {name: reason for name, reason in reasons.items() if reason is not None}
+            rows.append(Serving(op, device, chosen, refused))
+    return Explanation(tuple(rows))
+
+
+_OPERATOR_MODULES = (
+    "linear_logprob",
+    "linear_policy_loss",
+    "airl_score",
+    "discriminator_loss",
+    "segments",
+    "returns",
+    "group_advantages",
+)
+
+
+def _reason(
+    implementations: dict[str, Implementation], name: str, tensors: tuple[torch.Tensor, ...]
+) -> str | None:
+    if name not in implementations:
+        return "not implemented"
+    return implementations[name].serves(*tensors)
+
+
+def _checked(name: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(
+            f"unknown backend {name!r}: expected one of {', '.join(BACKENDS)}; "
+            "airl_fast.explain() lists what serves each operator"
+        )
+    return name

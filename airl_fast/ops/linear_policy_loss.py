@@ -1,0 +1,402 @@
+"""The clipped policy-gradient loss over a linear head, and its gradients, in one sweep.
+
+N rows (actions), K of them not ignored, B sequences, D hidden size, V vocabulary.
+"""
+
+import math
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from airl_fast.ops._head import (
+    NON_FINITE_LOGITS,
+    ChunkedHead,
+    HeadGradients,
+    check_finite,
+    check_head,
+    check_positive,
+    check_rows,
+    check_targets,
+    chunk_rows,
+    compute_dtype,
+    no_autocast,
+)
+from airl_fast.ops._policy_terms import IGNORE_INDEX, ActionLoss, gather_actions, pieces
+from airl_fast.ops.dispatch import implements, pick
+
+
+class PolicyLossStats(NamedTuple):
+    """What the sweep saw, detached, float32. Means are over the K actions; NaN when there is none.
+
+    Attributes:
+        ratio_mean: mean importance ratio rho ``[]`` (the sequence's with importance="sequence").
+        clip_fraction: share of actions where clipping to ``[1 - clip_low, 1 + clip_high]`` lowered
+            the objective, ``[]``.
+        kl_old: mean of ``rho - 1 - log rho`` per token ``[]``, an estimate of KL(old || policy)
+            that is never negative; 0 without ``old_logp``.
+        kl_ref: mean of ``exp(ref - logp) - (ref - logp) - 1`` ``[]``, an estimate of
+            KL(policy || ref) that is never negative; before ``beta``; 0 without ``ref_logp``.
+        entropy_mean: mean entropy ``[]`` in nats.
+        logp: log pi of the targets ``[N]``; 0 where ignored.
+        entropy: entropy ``[N]`` in nats; 0 where ignored.
+    """
+
+    ratio_mean: Tensor
+    clip_fraction: Tensor
+    kl_old: Tensor
+    kl_ref: Tensor
+    entropy_mean: Tensor
+    logp: Tensor
+    entropy: Tensor
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    advantages: Tensor,
+    *,
+    cu_seqs: Tensor,
+    old_logp: Tensor | None = None,
+    ref_logp: Tensor | None = None,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    delta: float | None = None,
+    beta: float = 0.0,
+    entropy_coef: float = 0.0,
+    importance: Literal["token", "sequence"] = "token",
+    aggregation: Literal["token", "sequence", "constant"] = "token",
+    normaliser: float | None = None,
+) -> tuple[Tensor, PolicyLossStats]:
+    """Clipped policy-gradient loss (PPO, GRPO, GSPO) of a linear head, never holding its logits.
+
+    With logp and entropy as in `linear_logprob`, per action:
+
+        rho  = exp(logp - old_logp)                (1 without old_logp, with the gradient of logp)
+        loss = -min(min(rho, delta) * A, clip(rho, 1 - clip_low, 1 + clip_high) * A)
+               + beta * (exp(ref_logp - logp) - (ref_logp - logp) - 1) - entropy_coef * entropy
+
+    ``importance="sequence"`` replaces log rho by its mean over the sequence (GSPO, arXiv
+    2507.18071). Aggregation: "token", the mean over the actions; "sequence", the mean over
+    sequences of the mean over their actions; "constant", the sum over ``normaliser``, the one whose
+    value does not depend on how a batch is cut into micro-batches. Rows with target -100 are
+    counted nowhere, and a sequence with no other row is not counted as a sequence; with no row
+    left the loss is 0.
+
+    The gradients are computed in the forward sweep and only scaled by ``backward``: three matrix
+    products in all (logits, d hidden, d weight), two with a frozen head, one when nothing requires
+    a gradient. A chunk holds whole sequences when importance="sequence", because a row's
+    coefficient then depends on all of its sequence; only a sequence longer than `chunk_rows` is
+    read twice, at the cost of one more product for its rows.
+
+    Logits and sums are float32 whatever the inputs (float64 if any input is), autocast included.
+    Extra memory: two buffers of `chunk_rows` rows of logits (128 MiB each; a third to
+    differentiate a soft-capped head), one float32 copy of a weight that is in half precision,
+    and from here until ``backward`` the gradients in float32, so that a loss scale still finds
+    what half precision would have rounded to zero.
+
+    Args:
+        hidden: ``[N, D]``, floating; the hidden states that predict the targets. Any strides.
+        weight: ``[V, D]``, floating; may differ in dtype from hidden.
+        targets: ``[N]`` int64, in ``[0, V)``, or -100 to ignore the row.
+        advantages: ``[N]`` floating; constants.
+        cu_seqs: ``[B + 1]`` int32; rows ``cu_seqs[b]`` to ``cu_seqs[b + 1]`` are sequence b.
+        old_logp: ``[N]`` floating, log pi at sampling, at the same temperature; None: on policy.
+        ref_logp: ``[N]`` floating, log pi of the reference model; needed if beta is not 0.
+        bias: ``[V]`` floating, or None.
+        temperature: divides the logits; above 0.
+        softcap: bound of the soft-capped logits, above 0; None for none.
+        logit_scale: multiplies the logits before soft-capping; above 0.
+        clip_low: rho is clipped below at ``1 - clip_low``; at least 0.
+        clip_high: rho is clipped above at ``1 + clip_high``; at least 0.
+        delta: with ``delta > 1 + clip_high``, bounds rho where the advantage is negative, which
+            clipping alone leaves unbounded (two-sided clipping, arXiv 2505.07291). None for none.
+        beta: weight of the divergence from the reference; at least 0.
+        entropy_coef: weight of the entropy bonus.
+        importance: "token" or "sequence".
+        aggregation: "token", "sequence" or "constant".
+        normaliser: above 0, with aggregation="constant" and only with it.
+
+    Returns:
+        The loss, ``[]`` float32, differentiable in hidden, weight and bias; and `PolicyLossStats`.
+
+    Raises:
+        ValueError: a wrong shape, dtype, device, option or combination of them; a sharded weight;
+            a target out of range; wrong offsets; an input or result that is not finite.
+    """
+    check_head(hidden, weight, targets, bias, temperature, softcap, logit_scale)
+    constants = {"advantages": advantages, "old_logp": old_logp, "ref_logp": ref_logp}
+    for name, tensor in constants.items():
+        _check_constant(name, tensor, hidden)
+    _check_offsets_tensor(cu_seqs, hidden)
+    _check_options(clip_low, clip_high, delta, beta, entropy_coef, ref_logp)
+    _check_modes(importance, aggregation, normaliser)
+    differentiate = torch.is_grad_enabled()
+    outputs = torch.ops.airl_fast.linear_policy_loss(
+        hidden,
+        weight,
+        targets,
+        advantages,
+        cu_seqs,
+        old_logp,
+        ref_logp,
+        bias,
+        temperature,
+        softcap,
+        logit_scale,
+        clip_low,
+        clip_high,
+        delta,
+        beta,
+        entropy_coef,
+        importance,
+        aggregation,
+        1.0 if normaliser is None else normaliser,
+        differentiate and hidden.requires_grad,
+        differentiate and weight.requires_grad,
+        differentiate and bias is not None and bias.requires_grad,
+    )
+    loss, _, _, _, means, logp, entropy = (x.float() for x in outputs)
+    ratio, clipped, kl_old, kl_ref, mean = means.unbind()
+    return loss, PolicyLossStats(ratio, clipped, kl_old, kl_ref, mean, logp, entropy)
+
+
+def _check_constant(name: str, tensor: Tensor | None, hidden: Tensor) -> None:
+    check_rows(name, tensor, hidden, None)
+    if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} requires a gradient but is a constant of the loss: detach it")
+
+
+def _check_offsets_tensor(cu_seqs: Tensor, hidden: Tensor) -> None:
+    if cu_seqs.dim() != 1 or cu_seqs.shape[0] < 1 or cu_seqs.dtype != torch.int32:
+        raise ValueError(
+            "cu_seqs: expected int32 offsets of shape [B + 1], received "
+            f"{cu_seqs.dtype} of shape {tuple(cu_seqs.shape)}"
+        )
+    if cu_seqs.device != hidden.device:
+        raise ValueError(
+            f"cu_seqs is on {cu_seqs.device} but hidden is on {hidden.device}: "
+            "move them to one device"
+        )
+
+
+def _check_options(
+    clip_low: float,
+    clip_high: float,
+    delta: float | None,
+    beta: float,
+    entropy_coef: float,
+    ref_logp: Tensor | None,
+) -> None:
+    for name, clip in (("clip_low", clip_low), ("clip_high", clip_high)):
+        if not clip >= 0:
+            raise ValueError(f"{name}: expected a number of at least 0, received {clip}")
+    if delta is not None:
+        check_positive("delta", delta, "use None for no bound")
+    if not (beta >= 0 and math.isfinite(beta)):
+        raise ValueError(f"beta: expected a finite number, at least 0, received {beta}")
+    if not math.isfinite(entropy_coef):
+        raise ValueError(f"entropy_coef: expected a finite number, received {entropy_coef}")
+    if beta != 0 and ref_logp is None:
+        raise ValueError(f"beta = {beta} needs ref_logp: pass the reference's log-probs, or beta=0")
+
+
+def _check_modes(importance: str, aggregation: str, normaliser: float | None) -> None:
+    if importance not in ("token", "sequence"):
+        raise ValueError(f'importance: expected "token" or "sequence", received {importance!r}')
+    if aggregation not in ("token", "sequence", "constant"):
+        raise ValueError(
+            f'aggregation: expected "token", "sequence" or "constant", received {aggregation!r}'
+        )
+    if (normaliser is not None) != (aggregation == "constant"):
+        raise ValueError(
+            f"aggregation={aggregation!r} with normaliser={normaliser}: pass a normaliser with "
+            'aggregation="constant", and only with it'
+        )
+    if normaliser is not None:
+        check_positive("normaliser", normaliser)
+
+
+_DIFFERENTIABLE = {"hidden": 0, "weight": 1, "bias": 7}  # positions among the op's inputs
+
+
+@torch.library.custom_op("airl_fast::linear_policy_loss", mutates_args=())
+def _linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    advantages: Tensor,
+    cu_seqs: Tensor,
+    old_logp: Tensor | None,
+    ref_logp: Tensor | None,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    clip_low: float,
+    clip_high: float,
+    delta: float | None,
+    beta: float,
+    entropy_coef: float,
+    importance: str,
+    aggregation: str,
+    normaliser: float,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return everything in the compute dtype.
+
+    The loss [], its gradients at hidden, weight and bias ([0] where not needed), the means [5] in
+    the order of PolicyLossStats, logp [N] and entropy [N].
+    """
+    check_targets(targets, len(weight), IGNORE_INDEX)
+    _check_offsets(cu_seqs, len(hidden))
+    kept = targets != IGNORE_INDEX
+    constants = {"advantages": advantages, "old_logp": old_logp, "ref_logp": ref_logp}
+    for name, tensor in constants.items():
+        if tensor is not None:
+            check_finite(name, tensor.where(kept, 0), "look for NaN or overflow where it is made")
+    loss = ActionLoss(clip_low, clip_high, delta, beta, entropy_coef, importance == "sequence")
+    with no_autocast(hidden.device):
+        outputs = pick("linear_policy_loss", hidden, weight, targets)(
+            hidden,
+            weight,
+            targets,
+            (advantages, old_logp, ref_logp),
+            cu_seqs,
+            bias,
+            (temperature, softcap, logit_scale),
+            loss,
+            aggregation,
+            normaliser,
+            (need_hidden, need_weight, need_bias),
+        )
+    for name, result in (("logp", outputs[5]), ("entropy", outputs[6])):
+        check_finite(name, result, NON_FINITE_LOGITS)
+    if not outputs[0].isfinite():
+        raise ValueError(
+            f"the loss is {outputs[0].item()}: exp(logp - old_logp) or exp(ref_logp - logp) "
+            "overflows; compute old_logp and ref_logp with these targets and this temperature"
+        )
+    return outputs
+
+
+@_linear_policy_loss.register_fake
+def _(hidden: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    bias = others[_DIFFERENTIABLE["bias"] - 2]
+    need_hidden, need_weight, need_bias = others[-3:]
+    loss = hidden.new_empty((), dtype=compute_dtype(hidden, weight, bias))
+    return (
+        loss,
+        loss.new_empty(hidden.shape if need_hidden else (0,)),
+        loss.new_empty(weight.shape if need_weight else (0,)),
+        loss.new_empty((weight.shape[0] if need_bias else 0,)),
+        loss.new_empty((5,)),
+        loss.new_empty((hidden.shape[0],)),
+        loss.new_empty((hidden.shape[0],)),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, *gradients, means, logp, entropy = output
+    ctx.mark_non_differentiable(*gradients, means, logp, entropy)
+    ctx.save_for_backward(*gradients)
+    ctx.dtypes = [None if inputs[i] is None else inputs[i].dtype for i in _DIFFERENTIABLE.values()]
+    ctx.computed = inputs[-3:]
+
+
+def _backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Any, ...]:
+    results: list[Tensor | None] = [None] * 22
+    gradients = zip(
+        _DIFFERENTIABLE.items(), ctx.saved_tensors, ctx.dtypes, ctx.computed, strict=True
+    )
+    for (name, position), gradient, dtype, computed in gradients:
+        if ctx.needs_input_grad[position]:
+            if not computed:
+                raise RuntimeError(
+                    f"the gradient at {name} was not computed in the forward sweep: call "
+                    "airl_fast.linear_policy_loss, and let it see what requires a gradient"
+                )
+            results[position] = (d_loss * gradient).to(dtype)
+    return tuple(results)
+
+
+_linear_policy_loss.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _check_offsets(cu_seqs: Tensor, rows: int) -> None:
+    offsets = cu_seqs.tolist()
+    if offsets[0] != 0 or offsets[-1] != rows or any(a > b for a, b in pairwise(offsets)):
+        raise ValueError(
+            f"cu_seqs: expected offsets that start at 0, never decrease and end at N = {rows}, "
+            f"received {offsets if len(offsets) < 9 else [*offsets[:4], '...', *offsets[-4:]]}"
+        )
+
+
+@implements("linear_policy_loss", "reference")
+def _reference(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    constants: tuple[Tensor, Tensor | None, Tensor | None],
+    cu_seqs: Tensor,
+    bias: Tensor | None,
+    head_options: tuple[float, float | None, float],
+    loss: ActionLoss,
+    aggregation: str,
+    normaliser: float,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(hidden, weight, bias)
+    actions = gather_actions(targets, constants, cu_seqs, aggregation, normaliser, dtype)
+    limit = max(1, min(chunk_rows(len(weight), dtype.itemsize), len(actions.rows)))
+    head = ChunkedHead(
+        weight, bias, *head_options, dtype=dtype, rows=limit, differentiate=any(needs)
+    )
+    gradients = HeadGradients(head, hidden, needs)
+    logp, entropy = torch.zeros_like(actions.share), torch.zeros_like(actions.share)
+    d_entropy = -loss.entropy_coef * actions.share if loss.entropy_coef else None
+
+    for piece in pieces(actions, limit, loss.per_sequence):
+        for chunk in piece:
+            x = hidden[actions.rows[chunk]].to(dtype)
+            log_probs = head.log_probs(x)
+            logp[chunk] = log_probs.gather(1, actions.targets[chunk, None]).squeeze(1)
+            entropy[chunk] = head.entropy(log_probs)
+        if not any(needs):
+            continue
+        whole = slice(piece[0].start, piece[-1].stop)
+        d_logp = loss.terms(logp[whole], actions.part(whole)).d_logp
+        for chunk in piece:
+            if len(piece) > 1:  # the buffers hold the piece's last chunk only
+                x = hidden[actions.rows[chunk]].to(dtype)
+                log_probs = head.log_probs(x)
+            d_logits = head.logit_gradient(
+                log_probs,
+                actions.targets[chunk],
+                d_logp[chunk.start - whole.start : chunk.stop - whole.start],
+                None if d_entropy is None else d_entropy[chunk],
+                None if d_entropy is None else entropy[chunk],
+            )
+            gradients.add(actions.rows[chunk], x, d_logits)
+
+    terms = loss.terms(logp, actions)
+    total = (actions.share * (terms.loss - loss.entropy_coef * entropy)).sum()
+    means = [terms.ratio, terms.clipped, terms.kl_old, terms.kl_ref, entropy]
+    zeros = total.new_zeros(len(hidden))
+    return (
+        total,
+        gradients.hidden,
+        gradients.weight,
+        gradients.bias,
+        torch.stack([x.mean() for x in means]),
+        zeros.index_copy(0, actions.rows, logp),
+        zeros.index_copy(0, actions.rows, entropy),
+    )

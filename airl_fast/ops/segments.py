@@ -1,0 +1,316 @@
+"""Reductions over spans: sum, mean, last value and softmax of contiguous pieces of a flat tensor.
+
+N values, S spans; span s holds x[cu[s]:cu[s + 1]]. Shapes and dtypes are checked by the public
+functions (so that torch.compile traces through them), the offsets themselves inside the operators.
+A non-finite value reaches the results of its own span and of no other.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from airl_fast import _C
+from airl_fast.ops.dispatch import implements, pick
+
+
+def segment_sum(x: Tensor, cu: Tensor) -> Tensor:
+    """Sum each span: ``out[s] = sum(x[cu[s]:cu[s + 1]])``, accumulated in float64.
+
+    Args:
+        x: [N] floating point.
+        cu: [S + 1] int32 offsets on the device of ``x``, from 0, strictly increasing, to N.
+
+    Returns:
+        [S] float32.
+
+    Raises:
+        ValueError: wrong shapes, dtypes or devices, offsets that do not partition ``x``, or an
+            empty span (named).
+    """
+    check_vector("segment_sum", "x", x)
+    check_offset_tensor("segment_sum", "cu", cu, x)
+    return torch.ops.airl_fast.segment_sum(x, cu)
+
+
+def segment_mean(x: Tensor, cu: Tensor) -> Tensor:
+    """Average each span: ``out[s] = mean(x[cu[s]:cu[s + 1]])``, accumulated in float64.
+
+    Args:
+        x: [N] floating point.
+        cu: [S + 1] int32 offsets on the device of ``x``, from 0, strictly increasing, to N.
+
+    Returns:
+        [S] float32.
+
+    Raises:
+        ValueError: as for ``segment_sum``.
+    """
+    check_vector("segment_mean", "x", x)
+    check_offset_tensor("segment_mean", "cu", cu, x)
+    return torch.ops.airl_fast.segment_mean(x, cu)
+
+
+def segment_last(x: Tensor, cu: Tensor) -> Tensor:
+    """Take the last value of each span: ``out[s] = x[cu[s + 1] - 1]``.
+
+    Args:
+        x: [N] floating point.
+        cu: [S + 1] int32 offsets on the device of ``x``, from 0, strictly increasing, to N.
+
+    Returns:
+        [S] float32.
+
+    Raises:
+        ValueError: as for ``segment_sum``.
+    """
+    check_vector("segment_last", "x", x)
+    check_offset_tensor("segment_last", "cu", cu, x)
+    return torch.ops.airl_fast.segment_last(x, cu)
+
+
+def segment_softmax(x: Tensor, cu: Tensor) -> Tensor:
+    """Softmax within each span; exact at any magnitude, since the span's maximum is taken off.
+
+    Args:
+        x: [N] floating point.
+        cu: [S + 1] int32 offsets on the device of ``x``, from 0, strictly increasing, to N.
+
+    Returns:
+        [N] float32, which sums to 1 over each span.
+
+    Raises:
+        ValueError: as for ``segment_sum``.
+    """
+    check_vector("segment_softmax", "x", x)
+    check_offset_tensor("segment_softmax", "cu", cu, x)
+    return torch.ops.airl_fast.segment_softmax(x, cu)
+
+
+# Checks, shared with the other operators over spans.
+
+
+def check_vector(op: str, name: str, x: Tensor) -> None:
+    """Refuse anything but a one-dimensional floating-point tensor."""
+    if x.ndim != 1 or not x.is_floating_point():
+        raise ValueError(
+            f"{op}: expected {name} to be one-dimensional and floating point, received shape "
+            f"{tuple(x.shape)} of {x.dtype}; pass one value per token or span, flat"
+        )
+
+
+def check_offset_tensor(op: str, name: str, cu: Tensor, x: Tensor) -> None:
+    """Refuse offsets of the wrong shape, dtype or device; ``check_offsets`` reads their values."""
+    if cu.ndim != 1 or cu.shape[0] < 1 or cu.dtype != torch.int32:
+        raise ValueError(
+            f"{op}: expected {name} to hold int32 offsets of shape [spans + 1], received shape "
+            f"{tuple(cu.shape)} of {cu.dtype}; a leading 0 and the running sum of the lengths, "
+            "as torch.int32, is what is needed"
+        )
+    if cu.device != x.device:
+        raise ValueError(
+            f"{op}: {name} is on {cu.device} and the values on {x.device}; move them to one device"
+        )
+
+
+def check_offsets(op: str, name: str, cu: Tensor, total: int) -> None:
+    """Refuse offsets that do not cut ``total`` values into non-empty spans (one device sync)."""
+    stuck = cu[1:] <= cu[:-1]  # compared, not subtracted: a difference of int32 can overflow
+    first, last, wrong = torch.stack([cu[0], cu[-1], stuck.any().to(cu.dtype)]).tolist()
+    if first != 0 or last != total:
+        raise ValueError(
+            f"{op}: expected {name} to run from 0 to {total}, the number of values, received "
+            f"{first} to {last}; check that both describe the same batch"
+        )
+    if wrong:
+        span = int(stuck.nonzero()[0])
+        raise ValueError(
+            f"{op}: span {span} of {name} is empty or reversed, received offsets {int(cu[span])} "
+            f"to {int(cu[span + 1])}; every span needs at least one value: leave the empty ones out"
+        )
+
+
+def check_finite(op: str, name: str, x: Tensor) -> None:
+    """Refuse NaN and infinities, naming the first (one device sync)."""
+    finite = torch.isfinite(x)
+    if not bool(finite.all()):
+        at = int((~finite).nonzero()[0])
+        raise ValueError(
+            f"{op}: expected finite {name}, received {x[at].item()} at index {at}; "
+            "look for the overflow or the empty mean that made it"
+        )
+
+
+def check_option(op: str, name: str, value: object, known: Sequence[str]) -> None:
+    """Refuse an unknown option by name."""
+    if value not in known:
+        raise ValueError(
+            f"{op}: expected {name} to be one of {', '.join(map(repr, known))}, received {value!r}"
+        )
+
+
+def cpu_serves(*tensors: Tensor) -> str | None:
+    """Say why the C++ kernels cannot take these values, if they cannot."""
+    x = tensors[0]
+    if x.device.type != "cpu":
+        return f"it takes tensors in CPU memory, not on {x.device}"
+    if x.dtype not in (torch.float32, torch.float64):
+        return f"it takes float32 and float64, not {str(x.dtype).removeprefix('torch.')}"
+    return None
+
+
+# The operators.
+
+
+@torch.library.custom_op("airl_fast::segment_sum", mutates_args=())
+def _sum(x: Tensor, cu: Tensor) -> Tensor:
+    check_offsets("segment_sum", "cu", cu, x.shape[0])
+    return pick("segment_sum", x)(x, cu)
+
+
+@torch.library.custom_op("airl_fast::segment_mean", mutates_args=())
+def _mean(x: Tensor, cu: Tensor) -> Tensor:
+    check_offsets("segment_mean", "cu", cu, x.shape[0])
+    return pick("segment_mean", x)(x, cu)
+
+
+@torch.library.custom_op("airl_fast::segment_last", mutates_args=())
+def _last(x: Tensor, cu: Tensor) -> Tensor:
+    check_offsets("segment_last", "cu", cu, x.shape[0])
+    return pick("segment_last", x)(x, cu)
+
+
+@torch.library.custom_op("airl_fast::segment_softmax", mutates_args=())
+def _softmax(x: Tensor, cu: Tensor) -> Tensor:
+    check_offsets("segment_softmax", "cu", cu, x.shape[0])
+    return pick("segment_softmax", x)(x, cu)
+
+
+@_sum.register_fake
+@_mean.register_fake
+@_last.register_fake
+def _(x: Tensor, cu: Tensor) -> Tensor:
+    return x.new_empty(cu.shape[0] - 1, dtype=torch.float32)
+
+
+@_softmax.register_fake
+def _(x: Tensor, cu: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], dtype=torch.float32)
+
+
+# Gradients. d sum / dx_i = 1; d mean / dx_i = 1 / length; d last / dx_i = 1 at the last value;
+# softmax p: dL/dx_i = p_i (g_i - sum over the span of p g).
+
+
+def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, cu = inputs
+    ctx.save_for_backward(cu)
+    ctx.dtype, ctx.total = x.dtype, x.shape[0]
+
+
+def _sum_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    (cu,) = ctx.saved_tensors
+    return spread(grad, cu, ctx.total).to(ctx.dtype), None
+
+
+def _mean_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    (cu,) = ctx.saved_tensors
+    return spread(grad / cu.diff(), cu, ctx.total).to(ctx.dtype), None
+
+
+def _last_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    (cu,) = ctx.saved_tensors
+    dx = grad.new_zeros(ctx.total).index_copy(0, cu[1:].long() - 1, grad)
+    return dx.to(ctx.dtype), None
+
+
+def _keep_output(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, cu = inputs
+    ctx.save_for_backward(cu, output)
+    ctx.dtype, ctx.total = x.dtype, x.shape[0]
+
+
+def _softmax_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    cu, p = ctx.saved_tensors
+    pulled = torch.ops.airl_fast.segment_sum(p * grad, cu)
+    return (p * (grad - spread(pulled, cu, ctx.total))).to(ctx.dtype), None
+
+
+_sum.register_autograd(_sum_backward, setup_context=_keep_inputs)
+_mean.register_autograd(_mean_backward, setup_context=_keep_inputs)
+_last.register_autograd(_last_backward, setup_context=_keep_inputs)
+_softmax.register_autograd(_softmax_backward, setup_context=_keep_output)
+
+
+# Backend "reference": plain torch, any dtype and device.
+
+
+def spread(values: Tensor, cu: Tensor, total: int) -> Tensor:
+    """Give every element its span's value: [S] -> [N]."""
+    return values.repeat_interleave(cu.diff(), output_size=total)
+
+
+def _owner(cu: Tensor, total: int) -> Tensor:
+    """Return the span of each of the N elements, [N] int64."""
+    return spread(torch.arange(cu.shape[0] - 1, device=cu.device), cu, total)
+
+
+@implements("segment_sum", "reference")
+def _sum_reference(x: Tensor, cu: Tensor) -> Tensor:
+    sums = x.new_zeros(cu.shape[0] - 1, dtype=torch.float64)
+    return sums.index_add_(0, _owner(cu, x.shape[0]), x.double()).float()
+
+
+@implements("segment_mean", "reference")
+def _mean_reference(x: Tensor, cu: Tensor) -> Tensor:
+    sums = x.new_zeros(cu.shape[0] - 1, dtype=torch.float64)
+    return (sums.index_add_(0, _owner(cu, x.shape[0]), x.double()) / cu.diff()).float()
+
+
+@implements("segment_last", "reference")
+def _last_reference(x: Tensor, cu: Tensor) -> Tensor:
+    return x[cu[1:].long() - 1].to(torch.float32, copy=True)
+
+
+@implements("segment_softmax", "reference")
+def _softmax_reference(x: Tensor, cu: Tensor) -> Tensor:
+    x, owner = x.double(), _owner(cu, x.shape[0])
+    largest = x.new_full((cu.shape[0] - 1,), -torch.inf).scatter_reduce_(0, owner, x, "amax")
+    raised = (x - largest[owner]).exp()
+    sums = torch.zeros_like(largest).index_add_(0, owner, raised)
+    return (raised / sums[owner]).float()
+
+
+# Backend "cpu": csrc/segments.cpp.
+
+
+@implements("segment_sum", "cpu", cpu_serves)
+def _sum_cpu(x: Tensor, cu: Tensor, mean: bool = False) -> Tensor:
+    cu, out = cu.contiguous(), x.new_empty(cu.shape[0] - 1, dtype=torch.float32)
+    _C.segment_sum(*address(x), cu.data_ptr(), cu.shape[0] - 1, mean, out.data_ptr())
+    return out
+
+
+@implements("segment_mean", "cpu", cpu_serves)
+def _mean_cpu(x: Tensor, cu: Tensor) -> Tensor:
+    return _sum_cpu(x, cu, mean=True)
+
+
+@implements("segment_last", "cpu", cpu_serves)
+def _last_cpu(x: Tensor, cu: Tensor) -> Tensor:
+    cu, out = cu.contiguous(), x.new_empty(cu.shape[0] - 1, dtype=torch.float32)
+    _C.segment_last(*address(x), cu.data_ptr(), cu.shape[0] - 1, out.data_ptr())
+    return out
+
+
+@implements("segment_softmax", "cpu", cpu_serves)
+def _softmax_cpu(x: Tensor, cu: Tensor) -> Tensor:
+    cu, out = cu.contiguous(), x.new_empty(x.shape[0], dtype=torch.float32)
+    _C.segment_softmax(*address(x), cu.data_ptr(), cu.shape[0] - 1, out.data_ptr())
+    return out
+
+
+def address(x: Tensor) -> tuple[int, int, int]:
+    """Describe a vector to C++: address, stride in elements, bytes per element."""
+    return x.data_ptr(), x.stride(0), x.element_size()

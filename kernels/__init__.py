@@ -1,0 +1,1 @@
+"""Triton kernels, imported as ``airl_fast.kernels``."""
