@@ -235,8 +235,8 @@ def airl_score(
     ``f = g + gamma h(after) - h(before)``, h being 0 (bias included) before a sequence's first
     span and after its last.
     ``disc_head="lm"``: ``disc_scale log q + disc_bias`` (two scalars) per action, reduced over the
-    span as log pi is. The head options (vocabulary bias, softcap, logit_scale) hold for q as for pi,
-    but the temperature is pi's alone: f does not depend on how the policy is sampled. At
+    span as log pi is. The head options (vocabulary bias, softcap, logit_scale) hold for q as for
+    pi, but the temperature is pi's alone: f does not depend on how the policy is sampled. At
     temperature 1 a q that is a copy of pi, at scale 1 and bias 0, gives a reward of exactly 0.
     """
     if (shaping_gamma is not None) != (disc_head == "score" and len(disc_weight) == 2):

@@ -1,0 +1,330 @@
+"""Exact variable-length attention for transformers decoders that are given a packed batch.
+
+    T tokens   H query heads   Hk key heads   E head size
+    n segments of a bucket, padded to l query tokens and m key tokens
+
+A segment attends to itself, causally, and to all of the segment that it continues, so that every
+sequence gets exactly the result of being run alone. Segments of like size share one
+scaled_dot_product_attention call (layout.py says which), on any device.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from airl_fast.layout import Bucket, PackedLayout, layout_of
+from airl_fast.packing import PackedBatch
+
+NAME = "airl_fast"  # of the attention implementation registered with transformers
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_REFUSED = ("position_bias", "indices", "block_indices")  # keywords that change the scores
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    packed_layout: PackedLayout | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend within the sequences of a packed batch (transformers' AttentionInterface).
+
+    Args:
+        module: the attention layer.
+        query: [1, H, T, E].
+        key: [1, Hk, T, E]; H is a multiple of Hk.
+        value: [1, Hk, T, Ev].
+        attention_mask: the layer's window as :func:`_no_mask` gives it, or None.
+        scaling: of the scores; None is 1 / sqrt(E).
+        dropout: must be 0.
+        sliding_window: a token sees itself and the ``sliding_window - 1`` before it.
+        softcap: scores become ``softcap * tanh(scores / softcap)`` (Gemma 2).
+        s_aux: [H] scores of a sink that takes its share of the softmax and adds nothing (gpt-oss).
+        packed_layout: from :func:`layout_of`, as :func:`packed_forward` passes it.
+        kwargs: whatever else the model passes on; what would change the scores is refused.
+
+    Returns:
+        [1, T, H, Ev], and None for the attention weights.
+
+    Raises:
+        ValueError: no layout, dropout, or an argument that this attention does not know.
+    """
+    name = type(module).__name__
+    if packed_layout is None:
+        raise ValueError(
+            f"{name} is set up for packed batches but was given none: call the model through "
+            "airl_fast.attention.packed_forward, or inside standard_attention(model) to generate"
+        )
+    _refuse_what_is_not_honoured(module, dropout, kwargs)
+    window = _agreed_window(name, attention_mask, sliding_window)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    outputs = []
+    for bucket, q, k, v in _gather(packed_layout, query, key, value):
+        if softcap is None and s_aux is None:
+            out = _sdpa(bucket, q, k, v, scale, window)
+        else:
+            out = _explicit(bucket, q, k, v, scale, window, softcap, s_aux)
+        outputs.append(out.transpose(1, 2).flatten(0, 1))  # [n * l, H, Ev]
+    return torch.cat(outputs).index_select(0, packed_layout.restore)[None], None
+
+
+def _refuse_what_is_not_honoured(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
+    name = type(module).__name__
+    if dropout:
+        raise ValueError(
+            f"{name} has an attention dropout of {dropout}, which packed attention does not apply: "
+            "set it to 0 in the model's configuration (attention_dropout, attn_pdrop)"
+        )
+    refused = [k for k in _REFUSED if kwargs.get(k) is not None]
+    if kwargs.get("is_causal", getattr(module, "is_causal", True)) is False:
+        refused.append("is_causal=False")
+    if refused:
+        raise ValueError(
+            f"{name} passes {', '.join(refused)}, which packed attention cannot honour: "
+            "use another model"
+        )
+
+
+def _gather(
+    layout: PackedLayout, query: Tensor, key: Tensor, value: Tensor
+) -> Iterator[tuple[Bucket, Tensor, Tensor, Tensor]]:
+    """Yield each bucket with its queries [n, H, l, E], keys [n, Hk, m, E] and values."""
+    gathered = []
+    for x, index, dim in (
+        (query, layout.queries, 1),
+        (key, layout.keys, 2),
+        (value, layout.keys, 2),
+    ):
+        # [T, H, E]: a token's heads lie together, so that gathering copies whole rows
+        rows = x[0].transpose(0, 1).index_select(0, index)
+        pieces = rows.split([b.shape[0] * b.shape[dim] for b in layout.buckets])
+        gathered.append(
+            [
+                piece.unflatten(0, (b.shape[0], b.shape[dim])).transpose(1, 2)
+                for piece, b in zip(pieces, layout.buckets, strict=True)
+            ]
+        )
+    yield from zip(layout.buckets, *gathered, strict=True)
+
+
+def _sdpa(
+    bucket: Bucket, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
+) -> Tensor:
+    """Attention of one bucket, [n, H, l, Ev]."""
+    window = None if window is None or window >= bucket.shape[2] else window
+    causal = bucket.causal and window is None
+    return scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=None if causal else bucket.mask(window, q.dtype),
+        is_causal=causal,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+
+
+def _explicit(
+    bucket: Bucket,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    s_aux: Tensor | None,
+) -> Tensor:
+    """The same with the scores written out, [n, H, l, m], for soft-capping and sinks."""
+    n, num_queries, num_keys = bucket.shape
+    heads, key_heads = q.shape[1], k.shape[1]
+    q = q.unflatten(1, (key_heads, -1))  # [n, Hk, H / Hk, l, E]
+    scores = q @ k[:, :, None].transpose(-1, -2) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores + bucket.mask(window, scores.dtype)[:, None]
+    if s_aux is not None:
+        sink = s_aux.to(scores.dtype).view(1, key_heads, -1, 1, 1)
+        scores = torch.cat([scores, sink.expand(n, -1, -1, num_queries, 1)], dim=-1)
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    weights = scores.softmax(-1, dtype=wide)[..., :num_keys].to(v.dtype)
+    return (weights @ v[:, :, None]).view(n, heads, num_queries, -1)
+
+
+def _agreed_window(name: str, attention_mask: Tensor | None, given: int | None) -> int | None:
+    """Return the window of a layer: the mask's, which ``given`` (the layer's) must not contradict.
+
+    transformers reads the window from the mask, except in flash attention, so that some models
+    (Qwen2-MoE) do not pass it to the attention function.
+    """
+    if attention_mask is not None and attention_mask.ndim:
+        raise ValueError(
+            f"{name} was given an attention mask of shape {tuple(attention_mask.shape)}: packed "
+            "batches take none; call the model through airl_fast.attention.packed_forward"
+        )
+    window = None if attention_mask is None else int(attention_mask)
+    if given is not None and given != window:
+        raise ValueError(
+            f"{name} asks for a sliding window of {given}, its mask for {window}: packed attention "
+            "cannot tell which holds; use another model"
+        )
+    return window
+
+
+def _no_mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> Tensor | None:
+    """Build no mask (transformers' AttentionMaskInterface): return the window, if any, as 0-d."""
+    if kwargs.get("use_vmap") or "allow_is_bidirectional_skip" in kwargs:
+        raise ValueError(
+            "the model changes the causal mask (bidirectional or blockwise attention), which "
+            "packed attention cannot honour: use a causal text decoder"
+        )
+    return None if local_size is None else torch.tensor(local_size)
+
+
+AttentionInterface.register(NAME, packed_attention)
+AttentionMaskInterface.register(NAME, _no_mask)
+
+
+def enable_packed_attention(model: nn.Module) -> None:
+    """Make a transformers decoder (or a PEFT model around one) attend by packed sequences.
+
+    The model then runs through :func:`packed_forward`, and generates inside
+    :func:`standard_attention`.
+
+    Raises:
+        ValueError: the model mixes tokens otherwise than by causal attention, or does not use
+            transformers' attention interface.
+    """
+    base = _transformers_model(model)
+    reason = _why_not(base)
+    if reason is not None:
+        raise ValueError(
+            f"{type(base).__name__} cannot take packed batches: {reason}; use a causal decoder "
+            "whose layers are all full or sliding-window attention"
+        )
+    base.set_attn_implementation(NAME)
+    if base.config.get_text_config()._attn_implementation != NAME:
+        raise ValueError(f"{type(base).__name__} does not let its attention be replaced")
+
+
+def _why_not(model: PreTrainedModel) -> str | None:
+    config = model.config.get_text_config()
+    if model.config.is_encoder_decoder:
+        return "it is an encoder-decoder"
+    others = sorted(set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES)
+    if others:
+        return f"it has layers of type {', '.join(others)}"
+    if getattr(model, "_is_stateful", False) or any(
+        isinstance(m, nn.Conv1d) for m in model.modules()
+    ):
+        return "it carries a recurrent or convolutional state from token to token"
+    if any(getattr(m, "is_causal", True) is False for m in model.modules()):
+        return "its attention is not causal"
+    if not model._supports_attention_backend:
+        return "it does not use transformers' attention interface"
+    return None
+
+
+@contextmanager
+def standard_attention(model: nn.Module) -> Iterator[None]:
+    """Put a model back on transformers' own attention inside the ``with`` block, to generate.
+
+    That is ``"sdpa"``, or ``"eager"`` where the model needs it: transformers 5.17 lets Gemma 2 run
+    on sdpa, which leaves its soft-capping out.
+    """
+    base = _transformers_model(model)
+    before = base.config._attn_implementation
+    capped = getattr(base.config.get_text_config(), "attn_logit_softcapping", None) is not None
+    base.set_attn_implementation("sdpa" if base._supports_sdpa and not capped else "eager")
+    try:
+        yield
+    finally:
+        base.set_attn_implementation(before)
+
+
+def packed_forward(
+    trunk: nn.Module, batch: PackedBatch, *, inputs_embeds: Tensor | None = None
+) -> Tensor:
+    """Run a decoder's trunk on a packed batch.
+
+    Args:
+        trunk: the model below the head (``LlamaModel``), after :func:`enable_packed_attention`.
+        batch: on the trunk's device.
+        inputs_embeds: [T, D], instead of the embeddings of ``batch.input_ids``.
+
+    Returns:
+        The last hidden states, after the final norm, [T, D]: those of each sequence run alone.
+
+    Raises:
+        ValueError: the trunk is not enabled, has a head, or rotates by the longest sequence; the
+            embeddings are not one per token.
+    """
+    config = _transformers_model(trunk).config.get_text_config()
+    if config._attn_implementation != NAME:
+        raise ValueError(
+            f"{type(trunk).__name__} attends by {config._attn_implementation!r}, which would let "
+            "packed sequences see each other: call enable_packed_attention(model) first"
+        )
+    if inputs_embeds is not None and inputs_embeds.shape[:-1] != (batch.num_tokens,):
+        raise ValueError(
+            f"expected inputs_embeds of shape [{batch.num_tokens}, D], received "
+            f"{tuple(inputs_embeds.shape)}: one row per token of the batch"
+        )
+    layout = layout_of(batch)
+    _check_rope(config, layout.longest)
+    tokens = (
+        {"input_ids": batch.input_ids[None]}
+        if inputs_embeds is None
+        else {"inputs_embeds": inputs_embeds[None]}
+    )
+    output = trunk(
+        **tokens,
+        position_ids=batch.position_ids[None],
+        attention_mask=None,
+        use_cache=False,
+        packed_layout=layout,
+    )
+    if not hasattr(output, "last_hidden_state"):
+        raise ValueError(
+            f"{type(trunk).__name__} returns no last_hidden_state: pass the trunk below its head, "
+            "model.get_decoder()"
+        )
+    return output.last_hidden_state[0]
+
+
+def _check_rope(config: Any, longest: int) -> None:
+    """Refuse lengths at which the rotation depends on the longest sequence of the batch."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    per_layer = [p for p in parameters.values() if isinstance(p, dict)]
+    for rope in per_layer or [parameters]:
+        if rope.get("rope_type") in ("dynamic", "longrope"):
+            limit = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+            if longest > limit:
+                raise ValueError(
+                    f"a sequence has {longest} tokens, and beyond {limit} the model's "
+                    f"{rope['rope_type']!r} rotary embedding would change with the other sequences "
+                    "of the batch: keep sequences within that, or use another model"
+                )
+
+
+def _transformers_model(model: nn.Module) -> PreTrainedModel:
+    unwrap = getattr(model, "get_base_model", None)  # PEFT
+    base = model if unwrap is None else unwrap()
+    if not isinstance(base, PreTrainedModel):
+        raise ValueError(
+            f"expected a transformers model (or a PEFT model around one), received "
+            f"{type(base).__name__}"
+        )
+    return base
