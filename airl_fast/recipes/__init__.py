@@ -1,0 +1,1 @@
+"""Named configurations, shipped as YAML package data."""

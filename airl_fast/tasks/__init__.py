@@ -1,0 +1,50 @@
+"""Tasks: ``load_task`` builds the one that a configuration names."""
+
+from ..schema import TaskConfig
+from .base import Example, Message, Task, encode_completion, encode_prompt
+
+__all__ = ["Example", "Message", "Task", "encode_completion", "encode_prompt", "load_task"]
+
+
+def load_task(config: TaskConfig) -> Task:
+    """Build the task of a configuration.
+
+    Raises:
+        ValueError: data that is missing, malformed (named with file and line) or too small for
+            the subsets asked for.
+    """
+    if config.name == "arithmetic":
+        from .arithmetic import Arithmetic
+
+        return Arithmetic(
+            config.seed,
+            demonstrations=600 if config.demonstrations is None else config.demonstrations,
+            unlabelled=config.unlabelled,
+            validation=config.validation,
+            test=config.test,
+            expert_error=config.expert_error,
+        )
+    if config.name == "gsm8k":
+        from .gsm8k import GSM8K
+
+        return GSM8K(
+            config.path,
+            seed=config.seed,
+            demonstrations=config.demonstrations,
+            unlabelled=config.unlabelled,
+            validation=config.validation,
+            test=config.test,
+            chat=config.chat,
+            calculator_marks=config.calculator_marks,
+        )
+    from .jsonl import JSONLines
+
+    assert config.path is not None  # TaskConfig refuses jsonl without one
+    return JSONLines(
+        config.path,
+        seed=config.seed,
+        demonstrations=config.demonstrations,
+        unlabelled=config.unlabelled,
+        validation=config.validation,
+        test=config.test,
+    )

@@ -1,0 +1,154 @@
+"""Your own traces: JSON lines of prompt, completion and answer, or of messages."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+from .answers import canonical, find_answer, same_answer, wrong_number
+from .base import Example, Message, Prompt
+from .rows import Row, draw_subsets, local_files, read_rows
+
+_REMEDY = (
+    'a row is {"prompt": "...", "completion": "...", "answer": "..."} or {"messages": [{"role": '
+    '"user", "content": "..."}, {"role": "assistant", "content": "..."}], "answer": "..."}'
+)
+_BARE = "write null for a prompt without demonstration"
+_ROLES = ("system", "user", "assistant")
+
+
+class JSONLines:
+    """Expert traces from a local file or folder of JSON lines.
+
+    A row has ``prompt`` (a text, or a list of messages) and ``completion`` (a text, or null for a
+    prompt without demonstration); or ``messages``, whose last one, if the assistant's, is the
+    completion. ``answer`` (a text or a number) is needed in validation and test rows only. Other
+    columns are not read.
+
+    Args:
+        path: a file (all sets are drawn from it), or a folder with train.jsonl and, where there
+            are any, validation.jsonl and test.jsonl.
+        seed: of the shuffles that the subsets are drawn from.
+        demonstrations: number of training traces; None takes all that remain.
+        unlabelled: number of training prompts used without demonstration.
+        validation: number of validation prompts.
+        test: number of test prompts.
+
+    Raises:
+        ValueError: a file or row that is not as expected, named with its line, or too few rows.
+    """
+
+    name = "jsonl"
+    step_boundary = r"\n"
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        seed: int = 0,
+        demonstrations: int | None = None,
+        unlabelled: int = 0,
+        validation: int = 200,
+        test: int = 400,
+    ) -> None:
+        where: dict[str, str] = {}
+        splits: dict[str, list[Example]] = {}
+        for split, file in local_files(Path(path)).items():
+            splits[split] = []
+            for i, row in enumerate(read_rows(file)):
+                example = _example(row, f"jsonl-{split}-{i}")
+                where[example.id] = row.where
+                splits[split].append(example)
+        subsets = draw_subsets(
+            splits,
+            seed=seed,
+            demonstrations=demonstrations,
+            unlabelled=unlabelled,
+            validation=validation,
+            test=test,
+        )
+        for key, examples in (("validation", subsets.validation), ("test", subsets.test)):
+            for example in examples:
+                if example.answer is None:
+                    raise ValueError(
+                        f"{where[example.id]}: no column 'answer', which the {key} set needs; "
+                        f"add it, or set task.{key}=0 to go without"
+                    )
+        self.train = subsets.train
+        self.unlabelled = subsets.unlabelled
+        self.validation = subsets.validation
+        self.test = subsets.test
+
+    def extract_answer(self, completion: str) -> str | None:
+        r"""Return the final answer (``####``, ``<answer>``, ``\boxed{}``, ``the answer is``).
+
+        In a comparable form: numbers without separators and units, words without case.
+        """
+        found = find_answer(completion)
+        return None if found is None else canonical(found)
+
+    def is_correct(self, completion: str, example: Example) -> bool:
+        """Say whether the completion's final answer is the example's."""
+        if example.answer is None:
+            raise ValueError(
+                f"example {example.id!r} has no answer to compare with; add the column 'answer'"
+            )
+        found = find_answer(completion)
+        return found is not None and same_answer(found, example.answer)
+
+    def corrupt(self, completion: str, rng: random.Random) -> tuple[str, int]:
+        """Make one number wrong in one line; return the text and the 0-based line.
+
+        Raises:
+            ValueError: the text has no number.
+        """
+        return wrong_number(completion, self.step_boundary, rng)
+
+
+def _example(row: Row, name: str) -> Example:
+    values = row.values
+    prompt: Prompt
+    completion: str | None
+    if "messages" in values:
+        both = [key for key in ("prompt", "completion") if key in values]
+        if both:
+            raise ValueError(f"{row.where}: both 'messages' and {both[0]!r}; keep one. {_REMEDY}")
+        turns = _messages(row, "messages")
+        completion = turns[-1].content if turns[-1].role == "assistant" else None
+        prompt = turns if completion is None else turns[:-1]
+        if not prompt:
+            raise ValueError(f"{row.where}: 'messages' has no turn before the completion")
+    else:
+        is_chat = isinstance(values.get("prompt"), list)
+        prompt = _messages(row, "prompt") if is_chat else row.text("prompt", _REMEDY)
+        if "completion" in values and values["completion"] is None:
+            completion = None
+        else:
+            completion = row.text("completion", f"{_REMEDY}; {_BARE}")
+    return Example(prompt=prompt, completion=completion, answer=_answer(row), id=name)
+
+
+def _answer(row: Row) -> str | None:
+    value = row.values.get("answer")
+    if value is None:
+        return None
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return repr(value)
+    return row.text("answer", "give a text or a number")
+
+
+def _messages(row: Row, key: str) -> tuple[Message, ...]:
+    """Return a column of messages, each checked."""
+    turns: Any = row.values[key]
+    if not isinstance(turns, list) or not turns:
+        raise ValueError(f"{row.where}: {key!r} is {turns!r}, expected a list of messages")
+    messages = []
+    for i, turn in enumerate(turns):
+        where = f"{row.where}, {key}[{i}]"
+        if not isinstance(turn, dict):
+            raise ValueError(f"{where}: {turn!r}, expected an object with role and content")
+        inner = Row(values=turn, where=where)
+        role = inner.text("role", f"a role is one of {', '.join(_ROLES)}")
+        if role not in _ROLES:
+            raise ValueError(f"{where}: role {role!r}, expected one of {', '.join(_ROLES)}")
+        messages.append(Message(role=role, content=inner.text("content", "a turn has a text")))
+    return tuple(messages)
