@@ -1,0 +1,1 @@
+"""Adapters that hand the learned reward to other trainers."""
