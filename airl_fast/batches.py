@@ -1,0 +1,151 @@
+"""Which prompts, demonstrations and negatives a training step sees.
+
+Every draw is a function of the run's seed, a purpose and a position, never of a generator's
+state: a resumed run sees the data that it would have seen.
+"""
+
+import hashlib
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from airl_fast.negatives import KINDS, perturb
+from airl_fast.packing import Source, Trace
+from airl_fast.tasks import Example, Task, encode_completion, encode_prompt
+
+SpanRule = Callable[[Sequence[int]], tuple[int, ...]]
+Item = TypeVar("Item")
+
+
+def derive_seed(seed: int, purpose: str, position: int) -> int:
+    """A seed for one draw, independent of every other purpose and position."""
+    digest = hashlib.blake2b(f"{seed}/{purpose}/{position}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A prompt as token ids, with its expert completion where there is one."""
+
+    example: Example
+    prompt: tuple[int, ...]
+    expert: tuple[int, ...] | None
+
+
+def encode(examples: Sequence[Example], tokenizer: Any) -> list[Problem]:
+    """Encode prompts, and completions with an end-of-text token."""
+    return [
+        Problem(
+            example=example,
+            prompt=tuple(encode_prompt(example, tokenizer)),
+            expert=(
+                tuple(encode_completion(example.completion, tokenizer))
+                if example.completion is not None
+                else None
+            ),
+        )
+        for example in examples
+    ]
+
+
+class Shuffled(Generic[Item]):
+    """An endless sequence of epochs, each shuffled by its own seed, read by position."""
+
+    def __init__(self, items: Sequence[Item], seed: int, purpose: str) -> None:
+        self.items = items
+        self.seed = seed
+        self.purpose = purpose
+        self._epoch = -1
+        self._order: list[int] = []
+
+    def take(self, start: int, count: int) -> list[Item]:
+        """Items ``start`` to ``start + count - 1`` of the sequence."""
+        return [self._at(position) for position in range(start, start + count)]
+
+    def _at(self, position: int) -> Item:
+        epoch, offset = divmod(position, len(self.items))
+        if epoch != self._epoch:
+            self._order = list(range(len(self.items)))
+            random.Random(derive_seed(self.seed, self.purpose, epoch)).shuffle(self._order)
+            self._epoch = epoch
+        return self.items[self._order[offset]]
+
+
+class TraceMaker:
+    """Turns problems and completions into traces cut at the run's granularity."""
+
+    def __init__(
+        self,
+        task: Task,
+        tokenizer: Any,
+        rule: SpanRule,
+        perturbations: Sequence[str] = KINDS,
+    ) -> None:
+        self.task = task
+        self.tokenizer = tokenizer
+        self.rule = rule
+        self.perturbations = perturbations
+
+    def trace(
+        self, problem: Problem, completion: tuple[int, ...], source: Source, group: int
+    ) -> Trace:
+        """One trace of a problem."""
+        return Trace(
+            prompt=problem.prompt,
+            completion=completion,
+            span_lengths=self.rule(completion),
+            group=group,
+            source=source,
+        )
+
+    def expert(self, problem: Problem, group: int) -> Trace:
+        """The problem's demonstration."""
+        assert problem.expert is not None
+        return self.trace(problem, problem.expert, Source.EXPERT, group)
+
+    def perturbed(self, problem: Problem, group: int, seed: int) -> Trace:
+        """The problem's demonstration made wrong."""
+        assert problem.example.completion is not None
+        text = perturb(
+            self.task,
+            problem.example.completion,
+            random.Random(seed),
+            kinds=self.perturbations,
+        )
+        completion = tuple(encode_completion(text, self.tokenizer))
+        return self.trace(problem, completion, Source.PERTURBED, group)
+
+
+class Replay:
+    """The last policy traces that the discriminator saw, to be drawn again as negatives."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.traces: list[Trace] = []
+
+    def add(self, traces: Sequence[Trace]) -> None:
+        """Keep these, forgetting the oldest."""
+        self.traces = [*self.traces, *traces][-self.capacity :] if self.capacity else []
+
+    def draw(self, count: int, seed: int) -> list[Trace]:
+        """``count`` kept traces without replacement; all of them while fewer are kept."""
+        return random.Random(seed).sample(self.traces, min(count, len(self.traces)))
+
+    def state(self) -> list[list[Any]]:
+        """JSON-able contents."""
+        return [
+            [list(t.prompt), list(t.completion), list(t.span_lengths), t.group] for t in self.traces
+        ]
+
+    def restore(self, state: list[list[Any]]) -> None:
+        """Set what ``state`` gave."""
+        self.traces = [
+            Trace(
+                prompt=tuple(prompt),
+                completion=tuple(completion),
+                span_lengths=tuple(spans),
+                group=group,
+            )
+            for prompt, completion, spans, group in state
+        ]

@@ -1,0 +1,275 @@
+"""``airl-fast demo``: from imperfect demonstrations to a learned reward, on ``arithmetic``.
+
+A small base model that errs systematically, 600 demonstrations of which 30% are wrong, and 3,000
+prompts without any. Every method starts from the same SFT and is measured on the same held-out
+problems; whatever is chosen (checkpoint, temperature) is chosen on validation problems.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
+from os import cpu_count
+from pathlib import Path
+from typing import Any
+
+from airl_fast.config import RunConfig, load_config
+
+TEMPERATURES = (1.0, 0.7, 0.5, 0.3, 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoSettings:
+    """How much the demo does. ``overrides`` go to every run's configuration."""
+
+    seed: int = 0
+    sft_arms: tuple[tuple[float, int], ...] = ((2e-4, 240), (1e-3, 700))  # learning rate, steps
+    sft_checkpoints: int = 6
+    samples: int = 8  # of each test problem, for pass@1
+    rerank_samples: int = 16
+    overrides: tuple[str, ...] = field(default=())
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One policy on the test problems: per-problem accuracy at temperature 1, greedy, and best."""
+
+    sampled: list[float]
+    greedy: list[float]
+    best: list[float]
+    temperature: float  # chosen on validation
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything that the table and the report are made from; lists are per test problem."""
+
+    settings: dict[str, Any]
+    methods: dict[str, Measured]
+    chosen: dict[str, str]  # which SFT checkpoints were taken
+    rerank: dict[str, list[float]]
+    locate: dict[str, list[float]]
+    locate_chance: float
+    traces: list[dict[str, Any]]
+    seconds: float
+
+
+def run_demo(output_dir: Path, settings: DemoSettings | None = None) -> Results:
+    """Run the demo and write metrics.json, report.html, policy/ and reward/ to ``output_dir``.
+
+    Args:
+        output_dir: a new or empty folder.
+        settings: seed and sizes.
+
+    Raises:
+        ValueError: the folder is not empty.
+    """
+    from airl_fast.demo_report import print_results, write_results
+    from airl_fast.runs_progress import RunsProgress
+
+    settings = settings or DemoSettings()
+    if output_dir.exists() and any(output_dir.iterdir()):
+        raise ValueError(f"{output_dir} is not empty: choose another --output-dir or delete it")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    workers = min(2, cpu_count() or 1)
+    context = get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=_quiet) as pool, RunsProgress() as bars:
+        arms = [
+            bars.follow(f"SFT {rate:g}", config, pool.submit(_sft, config))
+            for rate, steps in settings.sft_arms
+            for config in [_sft_config(output_dir, settings, rate, steps)]
+        ]
+        base = bars.wait("base on the test problems", pool.submit(_measure, settings, _BASE))
+        start, sampled = _choose_sft(output_dir, [arm.result() for arm in arms])
+        jobs = {
+            name: bars.follow(name, config, pool.submit(_improve, settings, config))
+            for name in _METHODS
+            for config in [_method_config(output_dir, settings, name, start)]
+        }
+        jobs["SFT"] = bars.wait("SFT on the test problems", pool.submit(_measure, settings, start))
+        if sampled != start:
+            job = pool.submit(_measure, settings, sampled)
+            jobs[_SAMPLED] = bars.wait(f"{_SAMPLED}, on the test problems", job)
+        jobs["AIRL"].result()
+        for part in ("policy", "reward"):
+            shutil.copytree(output_dir / "airl" / part, output_dir / part)
+        uses = bars.wait(
+            "reranking and locating", pool.submit(_use_reward, settings, start, str(output_dir))
+        )
+        methods = {"base": base.result(), **{name: job.result() for name, job in jobs.items()}}
+        rerank, locate, chance, traces = uses.result()
+    results = Results(
+        settings={**asdict(settings), "workers": workers},
+        methods=methods,
+        chosen={"SFT": start, _SAMPLED: sampled},
+        rerank=rerank,
+        locate=locate,
+        locate_chance=chance,
+        traces=traces,
+        seconds=time.perf_counter() - started,
+    )
+    write_results(output_dir, results, {n: output_dir / f for n, f in _METHODS.items()})
+    print_results(results, output_dir)
+    return results
+
+
+# Jobs: each runs in a worker process on one thread
+
+_BASE = "arithmetic-base"
+_SAMPLED = "SFT chosen at T = 1"
+_METHODS = {"AIRL": "airl", "AIRL, f frozen": "frozen", "GRPO, true outcome": "grpo"}
+_VARIANTS = {
+    "AIRL": (),
+    "AIRL, f frozen": ("algorithm.frozen_discriminator=true",),
+    "GRPO, true outcome": ("algorithm.name=grpo",),
+}
+
+
+def _config(folder: Path, settings: DemoSettings, *overrides: str) -> RunConfig:
+    own = (
+        f"run.output_dir={folder}",
+        f"run.seed={settings.seed}",
+        f"task.seed={settings.seed}",
+        "run.threads=1",
+        "run.eval_every=0",
+        "algorithm.sft_warmup=0",
+    )
+    return load_config("arithmetic", [*own, *overrides, *settings.overrides])
+
+
+def _sft_config(output_dir: Path, settings: DemoSettings, rate: float, steps: int) -> RunConfig:
+    return _config(
+        output_dir / f"sft-{rate:g}",
+        settings,
+        "algorithm.name=sft",
+        f"algorithm.sft_learning_rate={rate}",
+        f"run.steps={steps}",
+        f"run.checkpoint_every={max(1, steps // settings.sft_checkpoints)}",
+        f"run.keep_checkpoints={settings.sft_checkpoints + 1}",
+    )
+
+
+def _method_config(output_dir: Path, settings: DemoSettings, name: str, start: str) -> RunConfig:
+    model = f"policy.model={start}"
+    return _config(output_dir / _METHODS[name], settings, model, *_VARIANTS[name])
+
+
+def _quiet() -> None:
+    import torch
+    from transformers.utils import logging
+
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def _sft(config: RunConfig) -> dict[str, tuple[float, float]]:
+    """Train one arm; accuracy of each checkpoint on validation, sampled and greedy."""
+    from airl_fast.checkpoint import load_checkpoint
+    from airl_fast.learners import copy_parameters
+    from airl_fast.trainer import Trainer
+
+    trainer = Trainer(config)
+    trainer.train()
+    scores = {}
+    for path in sorted((trainer.folder.path / "checkpoints").iterdir()):
+        copy_parameters(trainer.policy.trainable(), load_checkpoint(path)[0], "policy.")
+        folder = trainer.folder.path / path.name
+        trainer.policy.save(folder)
+        sampled, greedy = (
+            _accuracy(trainer.policy, config, "validation", n, t) for t, n in ((1.0, 4), (0.0, 1))
+        )
+        scores[str(folder)] = (_mean(sampled), _mean(greedy))
+    return scores
+
+
+def _choose_sft(
+    output_dir: Path, arms: Sequence[dict[str, tuple[float, float]]]
+) -> tuple[str, str]:
+    """The best checkpoint by greedy decoding, and the best sampled at T = 1, on validation.
+
+    The first is where every method starts. The second has seen the demonstrations until it writes
+    one trace a prompt: it samples better, and there is little left to learn from its samples.
+    """
+    scores = {folder: score for arm in arms for folder, score in arm.items()}
+    (output_dir / "sft.json").write_text(json.dumps(scores, indent=2))
+    return max(scores, key=lambda f: scores[f][1]), max(scores, key=lambda f: scores[f][0])
+
+
+def _improve(settings: DemoSettings, config: RunConfig) -> Measured:
+    """Train one method from the SFT, and measure it."""
+    from airl_fast.trainer import Trainer
+
+    trainer = Trainer(config)
+    trainer.train()
+    return _measure(settings, str(trainer.folder.policy))
+
+
+def _measure(settings: DemoSettings, model: str) -> Measured:
+    """Choose a temperature on validation; measure on the test problems."""
+    from airl_fast.models import Policy
+
+    policy = Policy.from_pretrained(model)
+    config = _config(Path(), settings)
+    sweep = {
+        t: _mean(_accuracy(policy, config, "validation", 4 if t else 1, t)) for t in TEMPERATURES
+    }
+    best = max(sweep, key=lambda t: sweep[t])
+    test = {
+        t: _accuracy(policy, config, "test", settings.samples if t else 1, t)
+        for t in {1.0, 0.0, best}
+    }
+    return Measured(test[1.0], test[0.0], test[best], best)
+
+
+def _accuracy(
+    policy: Any, config: RunConfig, split: str, samples: int, temperature: float
+) -> list[float]:
+    """Share of right answers to each problem of a split."""
+    drawn = _draw(policy, config, split, samples, temperature)
+    return drawn.correct.double().mean(1).tolist()
+
+
+def _draw(policy: Any, config: RunConfig, split: str, samples: int, temperature: float) -> Any:
+    from airl_fast.batches import encode
+    from airl_fast.tasks import load_task
+    from airl_fast.validation import sample_problems
+
+    task = load_task(config.task)
+    return sample_problems(
+        policy,
+        task,
+        encode(getattr(task, split), policy.tokenizer),
+        group_size=samples,
+        max_new_tokens=config.sampling.max_new_tokens,
+        seed=config.run.seed,
+        temperature=temperature,
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _use_reward(
+    settings: DemoSettings, start: str, output_dir: str
+) -> tuple[dict[str, list[float]], dict[str, list[float]], float, list[dict[str, Any]]]:
+    """Rerank the SFT's samples and locate planted errors, by f and by log pi alone."""
+    from airl_fast.demo_reward import locate, rerank, show_traces
+    from airl_fast.models import Discriminator, Policy
+    from airl_fast.tasks import load_task
+
+    policy = Policy.from_pretrained(start)
+    reward = Discriminator.from_pretrained(Path(output_dir) / "reward")
+    config = _config(Path(), settings)
+    samples = _draw(policy, config, "test", settings.rerank_samples, 1.0)
+    task = load_task(config.task)
+    ranked = rerank(reward, policy, task, samples, config)
+    located, chance, planted = locate(reward, policy, task, config)
+    return ranked, located, chance, show_traces(planted)

@@ -1,0 +1,199 @@
+"""The demo's results as a table, in words, as JSON and as an HTML report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from airl_fast.evaluation import bootstrap_interval, paired_bootstrap
+from airl_fast.report import (
+    Cell,
+    Chart,
+    ColouredTrace,
+    Estimate,
+    Section,
+    Series,
+    Table,
+    TraceSet,
+    write_report,
+)
+
+if TYPE_CHECKING:
+    from airl_fast.demo import Results
+
+_NOTE = (
+    "95% bootstrap intervals over the test problems, for this one seed: they do not show how much "
+    "another seed would differ. Temperatures and checkpoints were chosen on validation problems."
+)
+
+
+def tables(results: Results) -> list[Table]:
+    """Accuracy of the policies, reranking, localisation."""
+    seed = results.settings["seed"]
+
+    def estimate(values: Sequence[float]) -> Estimate:
+        return Estimate(sum(values) / len(values), *bootstrap_interval(values, seed))
+
+    def rows(of: Mapping[str, Sequence[float]]) -> list[list[Cell]]:
+        return [[name, estimate(values)] for name, values in of.items()]
+
+    policies: list[list[Cell]] = [
+        [
+            name,
+            estimate(m.sampled),
+            estimate(m.greedy),
+            estimate(m.best),
+            f"{m.temperature:g}",
+        ]
+        for name, m in results.methods.items()
+    ]
+    count = results.settings["rerank_samples"]
+    located: list[Cell] = ["chance", results.locate_chance]
+    return [
+        Table(
+            title="Accuracy on held-out problems",
+            columns=("policy", "pass@1, T = 1", "greedy", "at its best T", "best T"),
+            rows=policies,
+            note=_NOTE,
+        ),
+        Table(
+            title=f"Picking one of {count} samples of the SFT",
+            columns=("by", "accuracy"),
+            rows=rows(results.rerank),
+            note="f is the reward that AIRL learned; the oracle picks a right one if there is one.",
+        ),
+        Table(
+            title="Lowest-scoring step is the planted error",
+            columns=("by", "accuracy"),
+            rows=[located, *rows(results.locate)],
+            note="One digit of one of the four steps is wrong, and carried through the rest.",
+        ),
+    ]
+
+
+def conclusions(results: Results) -> list[str]:
+    """What holds on these test problems and what does not, each with its difference."""
+    methods = results.methods
+    airl, sft = methods["AIRL"], methods["SFT"]
+    every_sft = [m for name, m in methods.items() if name.startswith("SFT")]
+    best_sft = max(every_sft, key=lambda m: sum(m.best))
+    frozen, grpo = methods["AIRL, f frozen"], methods["GRPO, true outcome"]
+    rerank, locate = results.rerank, results.locate
+    claims = [
+        ("AIRL beats the SFT that it started from (T = 1)", airl.sampled, sft.sampled),
+        ("AIRL beats the best SFT, each at its best temperature", airl.best, best_sft.best),
+        ("training the reward adversarially beats the same reward frozen (T = 1)",
+         airl.sampled, frozen.sampled),
+        ("the learned reward trains better than the true outcome (GRPO, T = 1)",
+         airl.sampled, grpo.sampled),
+        ("f picks better samples than majority vote", rerank["f"], rerank["majority vote"]),
+        ("f picks better samples than log pi", rerank["f"], rerank["log pi"]),
+        ("f finds the planted error more often than log pi", locate["f"], locate["log pi"]),
+    ]  # fmt: skip
+    return [_verdict(claim, a, b, results.settings["seed"]) for claim, a, b in claims]
+
+
+def _verdict(claim: str, a: Sequence[float], b: Sequence[float], seed: int) -> str:
+    d = paired_bootstrap(a, b, seed)
+    if d.low > 0:
+        word = "Holds"
+    elif d.high < 0:
+        word = "Does not hold, the reverse does"
+    else:
+        word = "Not shown"
+    points = f"{100 * d.difference:+.1f} points [{100 * d.low:+.1f}, {100 * d.high:+.1f}]"
+    return f"{word}: {claim}: {points}."
+
+
+def write_results(output_dir: Path, results: Results, runs: Mapping[str, Path]) -> None:
+    """Write metrics.json and report.html; ``runs`` are the folders of the learning curves."""
+    found = conclusions(results)
+    (output_dir / "metrics.json").write_text(
+        json.dumps({**asdict(results), "conclusions": found}, indent=1)
+    )
+    accuracy, ranking, locating = tables(results)
+    traces = TraceSet(
+        title="f of each step of correct traces with one planted error",
+        traces=[
+            ColouredTrace(
+                title=f"problem {i + 1}",
+                prompt=trace["prompt"],
+                spans=list(zip(trace["spans"], trace["f"], strict=True)),
+                wrong=trace["error"],
+            )
+            for i, trace in enumerate(results.traces)
+        ],
+        label="f",
+        centre=_centre([value for trace in results.traces for value in trace["f"]]),
+    )
+    write_report(
+        output_dir / "report.html",
+        "airl_fast demo: arithmetic",
+        [
+            Section(title="What was found", text=found),
+            Section(title="Policies", items=[accuracy]),
+            Section(title="Learning curves", items=_charts(runs)),
+            Section(title="The reward as a reranker", items=[ranking]),
+            Section(title="The reward as a finder of errors", items=[locating, traces]),
+        ],
+    )
+
+
+def print_results(results: Results, output_dir: Path) -> None:
+    """Print the tables and what they show."""
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
+    console = Console()
+    for table in tables(results):
+        shown = RichTable(title=table.title, title_justify="left", caption=table.note or None)
+        for column in table.columns:
+            shown.add_column(column)
+        for row in table.rows:
+            shown.add_row(*(_text(cell) for cell in row))
+        console.print(shown)
+    console.print("\nWhat holds and what does not, on these test problems and this seed:")
+    for line in conclusions(results):
+        console.print(f"- {line}", highlight=False)
+    console.print(
+        f"\n{results.seconds:.0f} seconds. Written to {output_dir}: metrics.json, report.html, "
+        "policy/ and reward/ (RewardScorer.from_pretrained reads them).",
+        soft_wrap=True,
+    )
+
+
+def _text(cell: Any) -> str:
+    if isinstance(cell, Estimate):
+        return f"{cell.value:.3f} [{cell.low:.3f}, {cell.high:.3f}]"
+    return f"{cell:.3f}" if isinstance(cell, float) else str(cell)
+
+
+def _centre(values: Sequence[float]) -> float:
+    """The median: half of the steps are redder than it, half bluer."""
+    return sorted(values)[len(values) // 2]
+
+
+def _charts(runs: Mapping[str, Path]) -> list[Chart]:
+    histories = {
+        name: [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+        for name, path in runs.items()
+    }
+    kept = {
+        "reward/mean": "mean reward of a span",
+        "policy/entropy": "policy entropy (nats)",
+        "disc/accuracy": "discriminator accuracy",
+        "rollout/length": "tokens of a completion",
+    }
+    charts = []
+    for key, label in kept.items():
+        series = [
+            Series(name=name, x=[m["step"] for m in having], y=[m[key] for m in having])
+            for name, history in histories.items()
+            if (having := [m for m in history if key in m])
+        ]
+        if series:
+            charts.append(Chart(title=label, x_label="step", y_label=label, series=series))
+    return charts

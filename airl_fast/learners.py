@@ -1,0 +1,222 @@
+"""One update of the discriminator, one update of the policy.
+
+Both run over micro-batches whose losses add up to that of the whole batch, so that loss and
+gradient do not depend on how it was cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from airl_fast.batches import Replay
+from airl_fast.config import RunConfig
+from airl_fast.loading import LanguageModel
+from airl_fast.models import Discriminator
+from airl_fast.ops.discriminator_loss import discriminator_loss
+from airl_fast.ops.linear_policy_loss import linear_policy_loss
+from airl_fast.ops.segments import segment_mean, segment_sum
+from airl_fast.optimisation import Optimiser
+from airl_fast.packing import PackedBatch, Source, Trace
+from airl_fast.passes import micro_batches
+
+Metrics = dict[str, float]
+_FORMS: dict[str, Literal["airl", "logit", "wgan"]] = {
+    "f-logp": "airl",
+    "f": "logit",
+    "wgan": "wgan",
+}
+
+
+def combine_logp(logp: Tensor, cu_spans: Tensor, how: str) -> Tensor:
+    """log pi of spans [S] from that of their actions [N]: their sum, or their mean."""
+    return segment_mean(logp, cu_spans) if how == "mean" else segment_sum(logp, cu_spans)
+
+
+class DiscriminatorLearner:
+    """Trains f so that sigmoid(f - log pi) tells experts from everything else.
+
+    Attributes:
+        accuracy: running mean of the two classes' mean accuracy; starts at one half.
+        replay: past policy traces, drawn again as negatives.
+    """
+
+    def __init__(
+        self, discriminator: Discriminator, policy: LanguageModel, config: RunConfig
+    ) -> None:
+        self.discriminator = discriminator
+        self.policy = policy
+        self.config = config.discriminator
+        self.temperature = config.sampling.temperature
+        self.token_budget = config.run.token_budget
+        self.replay = Replay(self.config.replay)
+        self.accuracy = 0.5
+        head = discriminator.head_parameters()
+        body = {k: p for k, p in discriminator.trainable().items() if k not in head}
+        self.optimiser = Optimiser(
+            body,
+            head=head,
+            learning_rate=self.config.learning_rate,
+            head_learning_rate=self.config.head_learning_rate,
+            weight_decay=self.config.weight_decay,
+            betas=self.config.betas,
+            clip_norm=self.config.clip_norm,
+        )
+
+    def update(self, traces: Sequence[Trace]) -> Metrics:
+        """One step on these traces, skipped while the running accuracy is above the throttle."""
+        throttled = self.accuracy > self.config.accuracy_throttle
+        with torch.set_grad_enabled(not throttled):
+            metrics = self._loss(traces)
+        self.accuracy += 0.1 * (metrics["disc/accuracy"] - self.accuracy)
+        metrics["disc/throttled"] = float(throttled)
+        if not throttled:
+            metrics["disc/grad_norm"] = self.optimiser.step()
+        return metrics
+
+    def _loss(self, traces: Sequence[Trace]) -> Metrics:
+        """Each class weighs half, however many spans it has; a critic's means weigh one each."""
+        spans = {True: 0, False: 0}
+        for trace in traces:
+            spans[trace.source == Source.EXPERT] += len(trace.span_lengths)
+        whole = 1.0 if self.config.logit == "wgan" else 0.5
+        total, floored = 0.0, 0.0
+        right, energy = {True: 0.0, False: 0.0}, {True: 0.0, False: 0.0}
+        for _, batch in micro_batches(traces, self.token_budget, self.policy.device):
+            logp, hidden = self._span_logp(batch)
+            if self.config.logp_floor is not None:
+                floored += float((logp < self.config.logp_floor).sum())
+                logp = logp.clamp(min=self.config.logp_floor)
+            f = self.discriminator.f(batch, hidden)
+            is_expert = (batch.source == Source.EXPERT).repeat_interleave(batch.cu_seq_spans.diff())
+            losses = []
+            for label in (True, False):
+                mine = is_expert == label
+                share = float(mine.sum()) / max(spans[label], 1)
+                if not share:
+                    continue
+                loss, stats = discriminator_loss(
+                    f[mine],
+                    logp[mine],
+                    is_expert[mine],
+                    form=_FORMS[self.config.logit],
+                    label_smoothing=self.config.label_smoothing,
+                )
+                losses.append(whole * share * loss)
+                right[label] += share * float(stats.accuracy)
+                energy[label] += float(f.detach()[mine].sum()) / spans[label]
+            loss = torch.stack(losses).sum()
+            if loss.requires_grad:
+                loss.backward()
+            total += float(loss.detach())
+        head = self.discriminator.head_parameters()
+        return {
+            "disc/loss": total,
+            "disc/accuracy": 0.5 * (right[True] + right[False]),
+            "disc/accuracy_expert": right[True],
+            "disc/accuracy_policy": right[False],
+            "disc/f_expert": energy[True],
+            "disc/f_policy": energy[False],
+            "disc/logp_floored": floored,
+            **{f"disc/{k[5:]}": p.item() for k, p in head.items() if p.numel() == 1},
+        }
+
+    @torch.no_grad()
+    def _span_logp(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        hidden = self.policy.hidden(batch)
+        logp, _ = self.policy.logprob(hidden, batch, self.temperature)
+        return combine_logp(logp, batch.cu_spans, self.config.span_logp), hidden
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and JSON-able values for a checkpoint."""
+        tensors, optimiser = self.optimiser.state("disc_adamw")
+        tensors |= {f"disc.{k}": p.detach() for k, p in self.discriminator.trainable().items()}
+        values = {
+            "optimiser": optimiser,
+            "accuracy": self.accuracy,
+            "replay": self.replay.state(),
+        }
+        return tensors, values
+
+    def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Set what ``state`` gave."""
+        copy_parameters(self.discriminator.trainable(), tensors, "disc.")
+        self.optimiser.restore(tensors, state["optimiser"], "disc_adamw")
+        self.accuracy = state["accuracy"]
+        self.replay.restore(state["replay"])
+
+
+class PolicyLearner:
+    """Improves the policy on given advantages; imitation is the case of advantage one."""
+
+    def __init__(self, policy: LanguageModel, config: RunConfig, optimiser: Optimiser) -> None:
+        self.policy = policy
+        self.config = config.algorithm
+        self.temperature = config.sampling.temperature
+        self.token_budget = config.run.token_budget
+        self.optimiser = optimiser
+
+    def update(
+        self,
+        traces: Sequence[Trace],
+        advantages: Sequence[Tensor],
+        old_logp: Sequence[Tensor] | None = None,
+        ref_logp: Sequence[Tensor] | None = None,
+    ) -> Metrics:
+        """One step: the mean over all actions of the clipped policy-gradient loss."""
+        actions = sum(len(trace.completion) for trace in traces)
+        keys = ("loss", "entropy", "logp", "clip_fraction", "kl_old", "kl_ref")
+        metrics = {f"policy/{key}": 0.0 for key in keys}
+        for indices, batch in micro_batches(traces, self.token_budget, self.policy.device):
+            hidden, head = self.policy.hidden(batch), self.policy.head
+            loss, stats = linear_policy_loss(
+                hidden[batch.state_index],
+                head.weight,
+                batch.targets,
+                torch.cat([advantages[i] for i in indices]),
+                cu_seqs=batch.cu_actions,
+                old_logp=None if old_logp is None else torch.cat([old_logp[i] for i in indices]),
+                ref_logp=None if ref_logp is None else torch.cat([ref_logp[i] for i in indices]),
+                temperature=self.temperature,
+                clip_low=self.config.clip_low,
+                clip_high=self.config.clip_high,
+                delta=self.config.delta,
+                beta=self.config.kl_beta if ref_logp is not None else 0.0,
+                entropy_coef=self.config.entropy_coef,
+                aggregation="constant",
+                normaliser=float(actions),
+                **head.arguments(),
+            )
+            loss.backward()
+            share = batch.num_actions / actions
+            metrics["policy/loss"] += float(loss.detach())
+            metrics["policy/entropy"] += share * float(stats.entropy_mean)
+            metrics["policy/logp"] += float(stats.logp.sum()) / actions
+            metrics["policy/clip_fraction"] += share * float(stats.clip_fraction)
+            metrics["policy/kl_old"] += share * float(stats.kl_old)
+            metrics["policy/kl_ref"] += share * float(stats.kl_ref)
+        metrics["policy/grad_norm"] = self.optimiser.step()
+        return metrics
+
+
+def copy_parameters(
+    parameters: dict[str, torch.nn.Parameter], values: dict[str, Tensor], prefix: str
+) -> None:
+    """Set every parameter from ``values[prefix + name]``.
+
+    Raises:
+        ValueError: a value is missing or has another shape, naming it.
+    """
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            value = values.get(prefix + name)
+            if value is None or value.shape != parameter.shape:
+                found = "nothing" if value is None else f"shape {tuple(value.shape)}"
+                raise ValueError(
+                    f"{prefix + name}: expected shape {tuple(parameter.shape)}, found {found}; "
+                    "resume with the models that the run was started with"
+                )
+            parameter.copy_(value)

@@ -1,0 +1,317 @@
+"""Causal language models from a hub name or a folder, with or without LoRA, and back to disk.
+
+Weights are read and written as safetensors; GGUF files are read through transformers and
+dequantised. No pickle is loaded, and code from a model's repository runs only if asked for.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from airl_fast.attention import enable_packed_attention, packed_forward, standard_attention
+from airl_fast.ops.linear_logprob import linear_logprob
+from airl_fast.packing import PackedBatch
+
+METADATA = "airl_fast.json"
+_BUILT_IN = {"arithmetic-base": "tasks/assets/arithmetic-base"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where the base weights came from: what an adapter needs to be loaded again."""
+
+    model: str
+    gguf_file: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Head:
+    """The linear head of a language model, as the operators take it."""
+
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    softcap: float | None
+    logit_scale: float
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of the head for ``linear_logprob`` and its relatives."""
+        return {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
+
+
+class LanguageModel(nn.Module):
+    """A causal language model that takes packed batches and never forms its logits.
+
+    Two of them may share one backbone: each then owns one LoRA adapter of the same PEFT model.
+    """
+
+    model: Any  # a PreTrainedModel, or a PeftModel around one
+
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, origin: Origin, adapter: str | None = None
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.origin = origin
+        self.adapter = adapter
+        enable_packed_attention(self.causal_lm)
+        self._check_head()
+
+    @property
+    def causal_lm(self) -> Any:
+        """The transformers model, inside its PEFT wrapper if it has one."""
+        return self.model.get_base_model() if self.adapter else self.model
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def head(self) -> Head:
+        """The head's parameters; reading them never copies or casts them."""
+        linear = self.causal_lm.get_output_embeddings()
+        config = self.causal_lm.config.get_text_config()
+        scale = getattr(config, "logit_scale", None)
+        divisor = getattr(config, "logits_scaling", None)
+        return Head(
+            weight=linear.weight,
+            bias=getattr(linear, "bias", None),
+            softcap=getattr(config, "final_logit_softcapping", None),
+            logit_scale=scale if scale is not None else 1.0 / divisor if divisor else 1.0,
+        )
+
+    def hidden(self, batch: PackedBatch) -> Tensor:
+        """Last hidden states of a packed batch, [T, D] in the model's dtype."""
+        with self.active():
+            return packed_forward(self.causal_lm.base_model, batch)
+
+    def logprob(
+        self, hidden: Tensor, batch: PackedBatch, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """log pi of every action and the entropy there, both [N], from ``hidden`` [T, D]."""
+        head = self.head
+        return linear_logprob(
+            hidden[batch.state_index],
+            head.weight,
+            batch.targets,
+            temperature=temperature,
+            return_entropy=True,
+            **head.arguments(),
+        )
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Route the forward pass through this model's own adapter."""
+        if self.adapter is None or self.model.active_adapter == self.adapter:
+            yield
+            return
+        before = self.model.active_adapter
+        set_adapter(self.model, self.adapter)
+        try:
+            yield
+        finally:
+            set_adapter(self.model, before)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that this model trains: its adapter's, or all of them."""
+        marker = f".{self.adapter}." if self.adapter else ""
+        return {
+            name: parameter
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad and marker in name
+        }
+
+    def save(self, directory: Path) -> None:
+        """Write weights (an adapter alone, where there is one) and tokenizer as safetensors."""
+        directory.mkdir(parents=True, exist_ok=True)
+        if self.adapter is None:
+            self.model.save_pretrained(directory)
+        else:
+            from peft import get_peft_model_state_dict
+
+            state = get_peft_model_state_dict(self.model, adapter_name=self.adapter)
+            tensors = {name: value.contiguous() for name, value in state.items()}
+            save_file(tensors, directory / "adapter_model.safetensors")
+            self.model.peft_config[self.adapter].save_pretrained(directory)
+        self.tokenizer.save_pretrained(directory)
+
+    def describe(self) -> dict[str, Any]:
+        """What ``load_saved`` needs to know beside the weights."""
+        return {
+            "adapter": self.adapter,
+            "origin": asdict(self.origin) if self.adapter else None,
+            "dtype": str(self.head.weight.dtype).removeprefix("torch."),
+        }
+
+    def _check_head(self) -> None:
+        linear = self.causal_lm.get_output_embeddings()
+        if not isinstance(linear, nn.Linear):
+            raise ValueError(
+                f"the language-model head is a {type(linear).__name__}, expected a plain Linear: "
+                "an adapter or a quantised layer on the head would be ignored by the fused "
+                "operators; merge it into the head, or leave the head out of its targets"
+            )
+        if self.causal_lm.device.type == "meta":
+            return
+        # An unknown transformation of the logits (a new model family) must not pass unseen.
+        ids = torch.arange(3, device=self.device)[None] % linear.weight.shape[0]
+        with torch.no_grad(), self.active(), standard_attention(self.causal_lm):
+            output = self.causal_lm(ids, use_cache=False, output_hidden_states=True)
+        head = self.head
+        logits = output.hidden_states[-1].float() @ head.weight.float().T
+        logits = head.logit_scale * (logits + (0 if head.bias is None else head.bias.float()))
+        if head.softcap is not None:
+            logits = head.softcap * torch.tanh(logits / head.softcap)
+        error = (logits - output.logits.float()).abs().max().item()
+        scale = output.logits.float().abs().max().item()
+        tolerance = 1e-3 if linear.weight.dtype == torch.float32 else 5e-2
+        if not error <= tolerance * max(scale, 1.0):
+            raise ValueError(
+                f"{type(self.causal_lm).__name__} does something to its logits beyond bias, scale "
+                f"and soft-capping (largest difference {error:.3g}): its log-probabilities would "
+                "be wrong; this model is not supported"
+            )
+
+
+def set_adapter(model: Any, name: str) -> None:
+    """Activate an adapter and leave every adapter trainable (PEFT freezes the inactive ones)."""
+    model.set_adapter(name)
+    for parameter_name, parameter in model.named_parameters():
+        if ".lora_" in parameter_name:
+            parameter.requires_grad_(True)
+
+
+def resolve(name: str) -> str:
+    """Turn the name of a model that ships with the package into its folder."""
+    return str(files("airl_fast") / _BUILT_IN[name]) if name in _BUILT_IN else name
+
+
+def load_language_model(
+    origin: Origin,
+    *,
+    dtype: torch.dtype = torch.float32,
+    lora_rank: int = 0,
+    lora_alpha: int = 16,
+    adapter: str = "policy",
+    device: str | torch.device = "cpu",
+) -> LanguageModel:
+    """Load a causal language model, with a fresh LoRA adapter when ``lora_rank`` > 0.
+
+    Args:
+        origin: hub name or folder (and the GGUF file inside it); "arithmetic-base" is built in.
+        dtype: of the weights.
+        lora_rank: rank of the adapter on every linear layer but the head; 0 trains all weights.
+        lora_alpha: LoRA's scale times its rank.
+        adapter: name of the adapter.
+        device: where the weights go.
+
+    Raises:
+        ValueError: the model mixes tokens in a way that packing does not keep apart, or has a
+            head that the operators do not know.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = resolve(origin.model)
+    where = {
+        "revision": origin.revision,
+        "trust_remote_code": origin.trust_remote_code,
+        "gguf_file": origin.gguf_file,
+    }
+    tokenizer = AutoTokenizer.from_pretrained(path, **where)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    options = {} if origin.gguf_file else {"use_safetensors": True}
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **where, **options)
+    if origin.gguf_file:
+        _forget_quantisation(model)
+    model.to(device).eval()
+    if not lora_rank:
+        return LanguageModel(model, tokenizer, origin)
+    return LanguageModel(
+        _with_adapter(model, adapter, lora_rank, lora_alpha), tokenizer, origin, adapter
+    )
+
+
+def add_adapter(body: LanguageModel, adapter: str, rank: int, alpha: int) -> LanguageModel:
+    """A second language model over the backbone of ``body``, with an adapter of its own."""
+    if body.adapter is None:
+        raise ValueError(
+            "a shared backbone needs LoRA on both models: the policy was loaded with full weights; "
+            "set policy.lora_rank and discriminator.lora_rank, or discriminator.trunk='own'"
+        )
+    model: Any = body.model
+    model.add_adapter(adapter, _lora(rank, alpha))
+    set_adapter(model, body.adapter)
+    return LanguageModel(model, body.tokenizer, body.origin, adapter)
+
+
+def load_saved(
+    directory: Path, description: dict[str, Any], *, device: str | torch.device = "cpu"
+) -> LanguageModel:
+    """Load what ``LanguageModel.save`` wrote, with the same bits."""
+    adapter, dtype = description["adapter"], getattr(torch, description["dtype"])
+    if adapter is None:
+        return load_language_model(Origin(model=str(directory)), dtype=dtype, device=device)
+    from peft import PeftModel
+
+    origin = Origin(**description["origin"])
+    base = load_language_model(origin, dtype=dtype, device=device)
+    model = PeftModel.from_pretrained(
+        base.causal_lm, directory, adapter_name=adapter, is_trainable=True
+    ).eval()
+    return LanguageModel(model, base.tokenizer, origin, adapter)
+
+
+def read_metadata(directory: Path, kind: str) -> dict[str, Any]:
+    """Read the description beside saved weights and check that it is of the expected kind."""
+    path = directory / METADATA
+    if not path.is_file():
+        raise ValueError(
+            f"{directory} holds no {METADATA}: expected a {kind} saved by airl_fast; give the "
+            "folder that training wrote (DIR/policy or DIR/reward)"
+        )
+    metadata = json.loads(path.read_text())
+    if metadata.get("kind") != kind:
+        raise ValueError(f"{directory} holds a {metadata.get('kind')!r}, expected a {kind!r}")
+    return metadata
+
+
+def write_metadata(directory: Path, kind: str, values: dict[str, Any]) -> None:
+    """Write the description that ``read_metadata`` reads."""
+    text = json.dumps({"format": 1, "kind": kind, **values}, indent=2, sort_keys=True)
+    (directory / METADATA).write_text(text + "\n")
+
+
+def _lora(rank: int, alpha: int) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules="all-linear", bias="none"
+    )
+
+
+def _with_adapter(model: Any, adapter: str, rank: int, alpha: int) -> Any:
+    from peft import get_peft_model
+
+    return get_peft_model(model, _lora(rank, alpha), adapter_name=adapter)
+
+
+def _forget_quantisation(model: Any) -> None:
+    """A GGUF model in plain floating-point weights, which can be trained and saved."""
+    packed = [name for name, p in model.named_parameters() if not p.is_floating_point()]
+    if packed:
+        model.dequantize()
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config

@@ -1,0 +1,322 @@
+"""Policy and Discriminator: language models whose heads only the fused operators touch.
+
+The discriminator's energy f(s, a) has one of two heads:
+
+- ``lm``: f = kappa * log q(a|s) + b, with q a language model that starts as a copy of the policy
+  and kappa, b trained. With kappa = 1, b = 0 the reward f - log pi starts at exactly zero, and
+  AIRL's optimum (f = log pi of the expert, up to shaping) is inside the family.
+- ``score``: one linear row read at the span's last action; with a second row h it is the shaped
+  form f = g + gamma * h(s') - h(s) of Fu et al. 2018 (arXiv 1710.11248).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from airl_fast.loading import (
+    LanguageModel,
+    Origin,
+    add_adapter,
+    load_language_model,
+    load_saved,
+    read_metadata,
+    write_metadata,
+)
+from airl_fast.ops.airl_score import AIRLScore, airl_score
+from airl_fast.ops.linear_logprob import linear_logprob
+from airl_fast.ops.segments import segment_mean, segment_sum
+from airl_fast.packing import PackedBatch
+
+HeadKind = Literal["lm", "score"]
+Trunk = Literal["own", "shared", "policy"]
+SpanLogp = Literal["sum", "mean"]
+
+
+class Policy(LanguageModel):
+    """The policy pi: a causal language model that is sampled and improved."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        gguf_file: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        lora_rank: int = 0,
+        lora_alpha: int = 16,
+        trust_remote_code: bool = False,
+        device: str | torch.device = "cpu",
+    ) -> Policy:
+        """Load a policy from a hub name, a folder, or a folder written by ``save``.
+
+        Args:
+            name: hub name, local folder, or "arithmetic-base".
+            gguf_file: a GGUF file inside it, dequantised on loading (needs the gguf extra).
+            dtype: of the weights; a folder written by ``save`` keeps its own.
+            lora_rank: train an adapter of this rank; 0 trains all weights.
+            lora_alpha: LoRA's scale times its rank.
+            trust_remote_code: run model code from the repository.
+            device: where the weights go.
+        """
+        if (Path(name) / "airl_fast.json").is_file():
+            body = load_saved(Path(name), read_metadata(Path(name), "policy"), device=device)
+        else:
+            body = load_language_model(
+                Origin(model=str(name), gguf_file=gguf_file, trust_remote_code=trust_remote_code),
+                dtype=dtype,
+                lora_rank=lora_rank,
+                lora_alpha=lora_alpha,
+                device=device,
+            )
+        return cls(body.model, body.tokenizer, body.origin, body.adapter)
+
+    def save(self, directory: Path) -> None:
+        """Write the policy so that ``from_pretrained`` (and transformers or PEFT) reads it."""
+        super().save(directory)
+        write_metadata(directory, "policy", self.describe())
+
+
+class Discriminator(nn.Module):
+    """The energy f(s, a) of AIRL's discriminator D = sigmoid(f - log pi).
+
+    Build one with ``create`` or ``from_pretrained``.
+    """
+
+    def __init__(
+        self,
+        body: LanguageModel | None,
+        *,
+        head: HeadKind,
+        trunk: Trunk,
+        width: int,
+        shaping_gamma: float | None = None,
+        span_logp: SpanLogp = "sum",
+        kappa: float = 1.0,
+        offset: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if (body is None) != (trunk == "policy"):
+            raise ValueError("a discriminator owns a body unless trunk='policy'")
+        if trunk == "policy" and head != "score":
+            raise ValueError("trunk='policy' reads f from the policy's states: use head='score'")
+        if shaping_gamma is not None and head != "score":
+            raise ValueError("shaping needs the second row of a 'score' head, received head='lm'")
+        self.body = body
+        self.head_kind: HeadKind = head
+        self.trunk: Trunk = trunk
+        self.shaping_gamma = shaping_gamma
+        self.span_logp: SpanLogp = span_logp
+        self.width = width
+        device = body.device if body is not None else None
+        if head == "lm":
+            self.kappa = nn.Parameter(torch.tensor(kappa, device=device))
+            self.offset = nn.Parameter(torch.tensor(offset, device=device))
+        else:
+            rows = 1 if shaping_gamma is None else 2
+            # Zero rows start f at zero everywhere, whatever the seed.
+            self.weight = nn.Parameter(torch.zeros(rows, width, device=device))
+            self.bias = nn.Parameter(torch.zeros(rows, device=device))
+
+    @classmethod
+    def create(
+        cls,
+        policy: LanguageModel,
+        *,
+        head: HeadKind = "lm",
+        trunk: Trunk = "own",
+        model: str | None = None,
+        gguf_file: str | None = None,
+        lora_rank: int = 0,
+        lora_alpha: int = 16,
+        **options: Any,
+    ) -> Discriminator:
+        """A fresh discriminator for a policy.
+
+        Args:
+            policy: gives the base weights (a copy, a shared backbone or its own states).
+            head: ``lm`` or ``score``.
+            trunk: ``own`` weights, a ``shared`` frozen backbone with an adapter each, or the
+                ``policy``'s detached hidden states.
+            model: hub name or folder of another base model (``own`` only).
+            gguf_file: a GGUF file inside it.
+            lora_rank: rank of the adapter; 0 trains all weights.
+            lora_alpha: LoRA's scale times its rank.
+            **options: ``shaping_gamma``, ``span_logp``, ``kappa``, ``offset``.
+
+        Raises:
+            ValueError: the parts contradict each other, or the tokenizers differ.
+        """
+        body: LanguageModel | None
+        if trunk == "policy":
+            body = None
+        elif trunk == "shared":
+            body = add_adapter(policy, "discriminator", lora_rank or 16, lora_alpha)
+        else:
+            origin = Origin(model=model, gguf_file=gguf_file) if model else policy.origin
+            body = load_language_model(
+                origin,
+                dtype=policy.head.weight.dtype,
+                lora_rank=lora_rank,
+                lora_alpha=lora_alpha,
+                adapter="discriminator",
+                device=policy.device,
+            )
+            if body.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
+                raise ValueError(
+                    f"the discriminator {origin.model!r} has another tokenizer than the policy "
+                    f"{policy.origin.model!r}: expected equal vocabularies; use a model of the "
+                    "same family"
+                )
+        width = (body or policy).head.weight.shape[1]
+        return cls(body, head=head, trunk=trunk, width=width, **options)
+
+    def f(self, batch: PackedBatch, policy_hidden: Tensor | None = None) -> Tensor:
+        """The energy of every span, [S] float32, with gradients.
+
+        Args:
+            batch: a packed batch.
+            policy_hidden: [T, D], needed by ``trunk="policy"`` alone; detached here.
+        """
+        hidden = self._hidden(batch, policy_hidden)
+        if self.head_kind == "lm":
+            assert self.body is not None
+            head = self.body.head
+            logq = linear_logprob(
+                hidden[batch.state_index], head.weight, batch.targets, **head.arguments()
+            )
+            combine = segment_sum if self.span_logp == "sum" else segment_mean
+            return combine(self.kappa * logq + self.offset, batch.cu_spans)
+        last_action = batch.action_index[batch.cu_spans[1:].long() - 1]
+        rows = hidden[last_action].float() @ self.weight.T + self.bias
+        if self.shaping_gamma is None:
+            return rows[:, 0]
+        g, h = rows.unbind(1)
+        starts, ends = batch.cu_seq_spans[:-1].long(), batch.cu_seq_spans[1:].long() - 1
+        before = torch.cat([h.new_zeros(1), h[:-1]]).index_fill(0, starts, 0.0)
+        after = h.index_fill(0, ends, 0.0)
+        return g + self.shaping_gamma * after - before
+
+    @torch.no_grad()
+    def score(
+        self,
+        batch: PackedBatch,
+        policy: LanguageModel,
+        *,
+        form: Literal["airl", "logit"] = "airl",
+        temperature: float = 1.0,
+    ) -> AIRLScore:
+        """Reward and f of every span, log pi and entropy of every action, without gradients.
+
+        One call of the fused ``airl_score`` operator; see there for shapes.
+        """
+        policy_hidden = policy.hidden(batch)
+        hidden = self._hidden(batch, policy_hidden)
+        policy_head = policy.head
+        if self.head_kind == "lm":
+            assert self.body is not None
+            rows, weight = batch.state_index, self.body.head.weight
+            extra: dict[str, Any] = {
+                "disc_scale": float(self.kappa),
+                "disc_bias": self.offset.detach().reshape(1),
+            }
+        else:
+            rows, weight = batch.action_index, self.weight
+            extra = {"disc_bias": self.bias.detach()}
+            if self.shaping_gamma is not None:
+                extra["shaping_gamma"] = self.shaping_gamma
+                extra["cu_seq_spans"] = batch.cu_seq_spans
+        return airl_score(
+            policy_hidden[batch.state_index],
+            policy_head.weight,
+            batch.targets,
+            hidden[rows],
+            weight,
+            batch.cu_spans,
+            disc_head=self.head_kind,
+            span_logp=self.span_logp,
+            form=form,
+            temperature=temperature,
+            **policy_head.arguments(),
+            **extra,
+        )
+
+    def copy_body(self, policy: LanguageModel) -> None:
+        """Start the body from the policy's present weights (q = pi).
+
+        Raises:
+            ValueError: the two train different parameters (full weights and LoRA, or other ranks).
+        """
+        if self.body is None:
+            return
+        with torch.no_grad():
+            mine = list(self.body.trainable().values())
+            theirs = list(policy.trainable().values())
+            if [p.shape for p in mine] != [p.shape for p in theirs]:
+                raise ValueError(
+                    "the discriminator cannot start from the policy's warm start: they train "
+                    "different parameters; give both the same lora_rank"
+                )
+            for own, other in zip(mine, theirs, strict=True):
+                own.copy_(other)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that the discriminator trains; its own head's start with ``head.``."""
+        body = self.body.trainable() if self.body is not None else {}
+        return {**{f"body.{k}": v for k, v in body.items()}, **self.head_parameters()}
+
+    def head_parameters(self) -> dict[str, nn.Parameter]:
+        """kappa and offset, or the score rows."""
+        names = ("kappa", "offset") if self.head_kind == "lm" else ("weight", "bias")
+        return {f"head.{name}": getattr(self, name) for name in names}
+
+    def save(self, directory: Path, *, training: dict[str, Any] | None = None) -> None:
+        """Write the discriminator; ``training`` (granularity, form, task) is kept beside it."""
+        directory.mkdir(parents=True, exist_ok=True)
+        if self.body is not None:
+            self.body.save(directory)
+        head = {name: value.detach().cpu() for name, value in self.head_parameters().items()}
+        save_file(head, directory / "discriminator_head.safetensors")
+        values = {
+            "head": self.head_kind,
+            "trunk": self.trunk,
+            "width": self.width,
+            "shaping_gamma": self.shaping_gamma,
+            "span_logp": self.span_logp,
+            "body": self.body.describe() if self.body is not None else None,
+            "training": training or {},
+        }
+        write_metadata(directory, "discriminator", values)
+
+    @classmethod
+    def from_pretrained(
+        cls, directory: str | Path, *, device: str | torch.device = "cpu"
+    ) -> Discriminator:
+        """Load what ``save`` wrote, with the same bits. A shared backbone is loaded as its own."""
+        directory = Path(directory)
+        values = read_metadata(directory, "discriminator")
+        body = load_saved(directory, values["body"], device=device) if values["body"] else None
+        discriminator = cls(
+            body,
+            head=values["head"],
+            trunk="policy" if body is None else "own",
+            width=values["width"],
+            shaping_gamma=values["shaping_gamma"],
+            span_logp=values["span_logp"],
+        )
+        saved = load_file(directory / "discriminator_head.safetensors")
+        with torch.no_grad():
+            for name, parameter in discriminator.head_parameters().items():
+                parameter.copy_(saved[name])
+        return discriminator.to(device)
+
+    def _hidden(self, batch: PackedBatch, policy_hidden: Tensor | None) -> Tensor:
+        if self.body is not None:
+            return self.body.hidden(batch)
+        if policy_hidden is None:
+            raise ValueError("trunk='policy' needs the policy's hidden states: pass policy_hidden")
+        return policy_hidden.detach()

@@ -1,0 +1,96 @@
+"""AdamW with warm-up, cosine decay and gradient clipping, exact to resume."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from airl_fast.checkpoint import flatten_optimizer, restore_optimizer
+
+
+class Optimiser:
+    """AdamW over named parameters; the rate is a function of the number of updates made.
+
+    Args:
+        parameters: what is trained at ``learning_rate``, with weight decay.
+        learning_rate: the highest rate.
+        head: what is trained at ``head_learning_rate``, without weight decay.
+        head_learning_rate: its rate.
+        weight_decay: decoupled weight decay.
+        betas: AdamW's.
+        clip_norm: the gradient's norm is scaled down to this.
+        warmup: updates over which the rate rises linearly.
+        updates: updates over which it falls by a cosine to ``final_fraction``; None: constant.
+        final_fraction: share of the rate that is left at the end.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        learning_rate: float,
+        head: Mapping[str, nn.Parameter] | None = None,
+        head_learning_rate: float = 0.0,
+        weight_decay: float,
+        betas: tuple[float, float],
+        clip_norm: float,
+        warmup: int = 0,
+        updates: int | None = None,
+        final_fraction: float = 1.0,
+    ) -> None:
+        self.parameters = [*parameters.values(), *(head or {}).values()]
+        self.clip_norm = clip_norm
+        self.warmup = warmup
+        self.total = updates
+        self.final_fraction = final_fraction
+        self.updates = 0
+        self.rates = [learning_rate, head_learning_rate]
+        groups = [{"params": list(parameters.values()), "weight_decay": weight_decay}]
+        if head:
+            groups.append({"params": list(head.values()), "weight_decay": 0.0})
+        groups = [group for group in groups if group["params"]]
+        if not parameters:
+            self.rates = [head_learning_rate]
+        self.adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=betas)
+
+    def rate_factor(self) -> float:
+        """Share of the highest rate that the next update uses."""
+        if self.updates < self.warmup:
+            return (self.updates + 1) / self.warmup
+        if self.total is None:
+            return 1.0
+        progress = (self.updates - self.warmup) / max(1, self.total - self.warmup)
+        cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+        return self.final_fraction + (1.0 - self.final_fraction) * cosine
+
+    def step(self) -> float:
+        """Clip, update, clear the gradients; return the gradient's norm before clipping.
+
+        Raises:
+            FloatingPointError: the gradient is not finite; the weights are left as they were.
+        """
+        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.clip_norm))
+        if not math.isfinite(norm):
+            raise FloatingPointError(
+                f"the gradient's norm is {norm} at update {self.updates}: expected a finite "
+                "number; lower the learning rate, or look for non-finite rewards in the metrics"
+            )
+        factor = self.rate_factor()
+        for group, rate in zip(self.adamw.param_groups, self.rates, strict=False):
+            group["lr"] = rate * factor
+        self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+        self.updates += 1
+        return norm
+
+    def state(self, prefix: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything that a checkpoint needs: tensors, and JSON-able values."""
+        tensors, scalars = flatten_optimizer(self.adamw, prefix)
+        return tensors, {"updates": self.updates, "adamw": scalars}
+
+    def restore(self, tensors: Mapping[str, Tensor], state: Any, prefix: str) -> None:
+        """Set what ``state`` gave."""
+        self.updates = state["updates"]
+        restore_optimizer(self.adamw, tensors, state["adamw"], prefix)

@@ -1,0 +1,443 @@
+"""The loop: sample, tell experts from policy, reward, improve the policy.
+
+AIRL (Fu et al. 2018, arXiv 1710.11248; on reasoning traces arXiv 2510.01857) with the
+discriminator D = sigmoid(f - log pi). SFT and GRPO with the true outcome run through the same
+loop with other rewards, and serve as baselines. A run has three phases: an SFT warm start, the
+discriminator alone, then both. It goes on from its last checkpoint with the same bits.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from airl_fast.advantages import token_advantages
+from airl_fast.batches import Problem, Shuffled, TraceMaker, derive_seed, encode
+from airl_fast.config import RunConfig
+from airl_fast.evaluation import auc
+from airl_fast.learners import (
+    DiscriminatorLearner,
+    Metrics,
+    PolicyLearner,
+    combine_logp,
+    copy_parameters,
+)
+from airl_fast.models import Discriminator, Policy
+from airl_fast.optimisation import Optimiser
+from airl_fast.packing import Source, Trace
+from airl_fast.passes import action_logp, offsets, per_trace_sum, span_energies
+from airl_fast.rollout import Rollout, sample
+from airl_fast.run_folder import RunFolder
+from airl_fast.spans import span_rule
+from airl_fast.tasks import Task, load_task
+from airl_fast.validation import sample_problems, traces_of
+
+SFT, DISCRIMINATOR, BOTH = "sft", "discriminator", "policy"
+
+
+class Trainer:
+    """One run of AIRL or of a baseline.
+
+    Args:
+        config: everything that the run depends on.
+        task: instead of the one that ``config.task`` names.
+        policy: instead of loading ``config.policy``; trained in place.
+        discriminator: instead of making one from ``config.discriminator``; trained in place.
+        on_step: called after every step with its metrics (a progress display).
+
+    Attributes:
+        policy, discriminator: the models; no discriminator for a baseline.
+        step, total_steps: how many steps are done, and how many there are.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        task: Task | None = None,
+        policy: Policy | None = None,
+        discriminator: Discriminator | None = None,
+        on_step: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
+        if config.run.threads is not None:
+            torch.set_num_threads(config.run.threads)
+        self.config = config
+        self.task = task or load_task(config.task)
+        self.policy = policy or _load_policy(config)
+        self.discriminator = None
+        if config.algorithm.name == "airl":
+            self.discriminator = discriminator or _create_discriminator(config, self.policy)
+        self._starts_as_policy = discriminator is None and config.discriminator.model is None
+        self.on_step = on_step
+
+        self.sft_steps, self.total_steps = config.sft_steps, config.total_steps
+        self.step = 0
+        self._prepare_data()
+        self._prepare_learners()
+        self.folder = RunFolder(config)
+
+    def train(self) -> list[dict[str, Any]]:
+        """Run to the end, from the last checkpoint if there is one; return every step's metrics."""
+        self._resume()
+        while self.step < self.total_steps:
+            started = time.perf_counter()
+            phase = self._phase(self.step)
+            if phase == SFT:
+                metrics = self._sft_step(self.step)
+            else:
+                metrics = self._adversarial_step(self.step, phase)
+            self.step += 1
+            self._evaluate(metrics)
+            seconds = time.perf_counter() - started
+            self._record({"step": self.step, "phase": phase, "seconds": seconds, **metrics})
+        self.save()
+        return self.folder.history()
+
+    def _sft_step(self, step: int) -> Metrics:
+        """Imitation: the policy-gradient loss with advantage one on the demonstrations."""
+        size = self.config.algorithm.sft_batch
+        problems = self.demonstrated.take(step * size, size)
+        traces = [self.maker.expert(problem, i) for i, problem in enumerate(problems)]
+        ones = [torch.ones(len(trace.completion), device=self.policy.device) for trace in traces]
+        return self.sft_learner.update(traces, ones)
+
+    def _adversarial_step(self, step: int, phase: str) -> Metrics:
+        """Sample; update the discriminator; reward with the fresh f; update the policy."""
+        if step == self.sft_steps:
+            self._end_sft()
+        algorithm, size = self.config.algorithm, self.config.sampling.group_size
+        problems = self._problems(step, phase)
+        rollouts = self._sample(problems, step)
+        traces = [
+            self.maker.trace(problems[i // size], rollout.completion, Source.POLICY, i // size)
+            for i, rollout in enumerate(rollouts)
+        ]
+        metrics = _rollout_metrics(rollouts)
+
+        if self.disc_learner is not None:
+            contrast = self._contrast(problems, traces, step)
+            for _ in range(self.config.discriminator.updates_per_step):
+                metrics |= self.disc_learner.update(contrast)
+        if phase == DISCRIMINATOR:
+            return metrics
+
+        if algorithm.expert_in_group:
+            traces += [self.maker.expert(p, i) for i, p in enumerate(problems) if p.expert]
+        logp = self._logp(traces)
+        metrics["sampler_mismatch"] = _mismatch(rollouts, logp)
+        rewards = self._rewards(problems, traces, logp, metrics)
+        advantages = self._advantages(traces, rewards, metrics)
+        old_logp = logp if algorithm.policy_updates > 1 else None
+        ref_logp = self._reference_logp(traces)
+        for _ in range(algorithm.policy_updates):
+            metrics |= self.policy_learner.update(traces, advantages, old_logp, ref_logp)
+        return metrics
+
+    # What a step is made of
+
+    def _phase(self, step: int) -> str:
+        if step < self.sft_steps:
+            return SFT
+        return DISCRIMINATOR if step < self.sft_steps + self.config.warmup_steps else BOTH
+
+    def _problems(self, step: int, phase: str) -> list[Problem]:
+        """Prompts with demonstrations first, then (for the policy alone) prompts without."""
+        problems = self.demonstrated.take(step * self.shown, self.shown)
+        rest = self.config.sampling.prompts_per_step - self.shown
+        if phase == BOTH and rest:
+            problems += self.unlabelled.take(step * rest, rest)
+        return problems
+
+    def _sample(self, problems: Sequence[Problem], step: int) -> list[Rollout]:
+        sampling = self.config.sampling
+        return sample(
+            self.policy,
+            [problem.prompt for problem in problems],
+            group_size=sampling.group_size,
+            max_new_tokens=sampling.max_new_tokens,
+            seed=derive_seed(self.config.run.seed, "rollouts", step),
+            temperature=sampling.temperature,
+            stop=sampling.stop,
+        )
+
+    def _contrast(
+        self, problems: Sequence[Problem], traces: Sequence[Trace], step: int
+    ) -> list[Trace]:
+        """Experts and policy samples of the same prompts, and experts made wrong.
+
+        Samples of other prompts are left out: f would learn to tell the prompts apart.
+        """
+        assert self.disc_learner is not None
+        config, replay = self.config.discriminator, self.disc_learner.replay
+        seed = derive_seed(self.config.run.seed, "contrast", step)
+        experts = [self.maker.expert(problems[i], i) for i in range(self.shown)]
+        fresh = [trace for trace in traces if trace.group < self.shown]
+        replayed = replay.draw(round(config.replay_fraction * len(fresh)), seed)
+        replay.add(fresh)
+        perturbed = [
+            self.maker.perturbed(problems[i % self.shown], i % self.shown, seed + i)
+            for i in range(config.perturbed_per_update)
+        ]
+        return [*experts, *fresh, *replayed, *perturbed]
+
+    def _rewards(
+        self,
+        problems: Sequence[Problem],
+        traces: Sequence[Trace],
+        logp: Sequence[Tensor],
+        metrics: Metrics,
+    ) -> Tensor:
+        """The reward of every span of every trace, [S]: f, f - log pi, or the true outcome."""
+        if self.discriminator is None:
+            reward = self._outcomes(problems, traces)
+        else:
+            budget = self.config.run.token_budget
+            reward = torch.cat(span_energies(self.discriminator, self.policy, traces, budget))
+            if self.config.algorithm.reward == "f-logp":
+                spans = offsets([n for t in traces for n in t.span_lengths], reward.device)
+                how = self.config.discriminator.span_logp
+                reward = reward - combine_logp(torch.cat(list(logp)), spans, how)
+        clip = self.config.algorithm.reward_clip
+        metrics["reward/mean"] = float(reward.mean())
+        metrics["reward/std"] = float(reward.std(correction=0))
+        metrics["reward/clipped"] = float((reward.abs() > clip).sum())
+        return reward.clamp(-clip, clip)
+
+    def _outcomes(self, problems: Sequence[Problem], traces: Sequence[Trace]) -> Tensor:
+        """One for a right answer, credited at the trace's last span."""
+        rewards: list[float] = []
+        for trace in traces:
+            text = self.policy.tokenizer.decode(trace.completion, skip_special_tokens=True)
+            right = self.task.is_correct(text, problems[trace.group].example)
+            rewards += [0.0] * (len(trace.span_lengths) - 1) + [float(right)]
+        return torch.tensor(rewards, device=self.policy.device)
+
+    def _advantages(
+        self, traces: Sequence[Trace], rewards: Tensor, metrics: Metrics
+    ) -> list[Tensor]:
+        """The advantage of every action of every trace."""
+        algorithm = self.config.algorithm
+        values = token_advantages(
+            rewards,
+            cu_spans=offsets([n for t in traces for n in t.span_lengths], rewards.device),
+            cu_seq_spans=offsets([len(t.span_lengths) for t in traces], rewards.device),
+            group=torch.tensor([t.group for t in traces], device=rewards.device),
+            gamma=algorithm.gamma,
+            baseline=algorithm.baseline,
+            scale=algorithm.scale,
+            level=algorithm.advantage_level,
+        )
+        if algorithm.advantage_clip is not None:
+            clip = algorithm.advantage_clip
+            metrics["advantage/clipped"] = float((values.abs() > clip).sum())
+            values = values.clamp(-clip, clip)
+        return list(values.split([len(t.completion) for t in traces]))
+
+    def _logp(self, traces: Sequence[Trace]) -> list[Tensor]:
+        run, sampling = self.config.run, self.config.sampling
+        return action_logp(self.policy, traces, run.token_budget, sampling.temperature)
+
+    def _reference_logp(self, traces: Sequence[Trace]) -> list[Tensor] | None:
+        if not self.reference:
+            return None
+        with _swapped(self.policy, self.reference):
+            return self._logp(traces)
+
+    # Before, between and after the steps
+
+    def _prepare_data(self) -> None:
+        config, seed = self.config, self.config.run.seed
+        tokenizer = self.policy.tokenizer
+        rule = span_rule(
+            config.algorithm.granularity,
+            interval=config.algorithm.interval,
+            boundary=self.task.step_boundary,
+            tokenizer=tokenizer,
+        )
+        self.maker = TraceMaker(self.task, tokenizer, rule, config.discriminator.perturbations)
+        self.demonstrated = Shuffled(encode(self.task.train, tokenizer), seed, "demonstrated")
+        self.unlabelled = Shuffled(encode(self.task.unlabelled, tokenizer), seed, "unlabelled")
+        self.validation = encode(self.task.validation, tokenizer)
+        self.shown = config.shown_prompts
+
+    def _prepare_learners(self) -> None:
+        config, policy, algorithm = self.config, self.config.policy, self.config.algorithm
+
+        def learner(rate: float, updates: int) -> PolicyLearner:
+            optimiser = Optimiser(
+                self.policy.trainable(),
+                learning_rate=rate,
+                weight_decay=policy.weight_decay,
+                betas=policy.betas,
+                clip_norm=policy.clip_norm,
+                warmup=policy.warmup_steps,
+                updates=updates,
+                final_fraction=policy.final_lr_fraction,
+            )
+            return PolicyLearner(self.policy, config, optimiser)
+
+        self.sft_learner = learner(algorithm.sft_learning_rate, self.sft_steps)
+        self.policy_learner = learner(
+            policy.learning_rate, config.run.steps * algorithm.policy_updates
+        )
+        self.disc_learner: DiscriminatorLearner | None = None
+        if self.discriminator is not None and not algorithm.frozen_discriminator:
+            self.disc_learner = DiscriminatorLearner(self.discriminator, self.policy, config)
+        self.reference: dict[str, Tensor] = {}
+        if self.sft_steps == 0:
+            self._end_sft()
+
+    def _end_sft(self) -> None:
+        """The warm start is over: f starts from the policy as it is now, and so does the KL."""
+        if self.discriminator is not None and self._starts_as_policy and self.sft_steps:
+            self.discriminator.copy_body(self.policy)
+        if self.config.algorithm.kl_beta:
+            trainable = self.policy.trainable()
+            self.reference = {name: p.detach().clone() for name, p in trainable.items()}
+
+    def _evaluate(self, metrics: Metrics) -> None:
+        """pass@1 on validation problems, and how well f tells right from wrong there."""
+        run, sampling = self.config.run, self.config.sampling
+        due = run.eval_every and (
+            self.step % run.eval_every == 0 or self.step in (self.sft_steps, self.total_steps)
+        )
+        if not due or not self.validation:
+            return
+        samples = sample_problems(
+            self.policy,
+            self.task,
+            self.validation,
+            group_size=run.eval_samples,
+            max_new_tokens=sampling.max_new_tokens,
+            seed=run.seed,
+            temperature=sampling.temperature,
+            stop=sampling.stop,
+        )
+        metrics["valid/pass@1"] = samples.accuracy
+        if self.discriminator is not None:
+            traces = traces_of(samples, self.maker)
+            energies = span_energies(self.discriminator, self.policy, traces, run.token_budget)
+            right = samples.correct.flatten()
+            if right.any() and not right.all():
+                score = per_trace_sum(energies).cpu()
+                metrics["valid/auc_f"] = auc(score.numpy(), right.numpy())
+
+    def _record(self, metrics: dict[str, Any]) -> None:
+        self.folder.record(metrics)
+        if self.step % self.config.run.checkpoint_every == 0 or self.step == self.total_steps:
+            self.save_checkpoint()
+        if self.on_step is not None:
+            self.on_step(metrics)
+
+    def save_checkpoint(self) -> None:
+        """Write everything that the next step depends on."""
+        tensors = {f"policy.{k}": p.detach() for k, p in self.policy.trainable().items()}
+        tensors |= {f"reference.{k}": value for k, value in self.reference.items()}
+        state = {}
+        for name, learner in (("sft", self.sft_learner), ("policy", self.policy_learner)):
+            part, state[name] = learner.optimiser.state(f"{name}_adamw")
+            tensors |= part
+        if self.disc_learner is not None:
+            part, state["discriminator"] = self.disc_learner.state()
+            tensors |= part
+        elif self.discriminator is not None:
+            trainable = self.discriminator.trainable()
+            tensors |= {f"disc.{k}": p.detach() for k, p in trainable.items()}
+        self.folder.save(self.step, tensors, state)
+
+    def _resume(self) -> None:
+        found = self.folder.open()
+        if found is None:
+            return
+        tensors, state = found
+        copy_parameters(self.policy.trainable(), tensors, "policy.")
+        self.sft_learner.optimiser.restore(tensors, state["sft"], "sft_adamw")
+        self.policy_learner.optimiser.restore(tensors, state["policy"], "policy_adamw")
+        if self.disc_learner is not None:
+            self.disc_learner.restore(tensors, state["discriminator"])
+        elif self.discriminator is not None:
+            copy_parameters(self.discriminator.trainable(), tensors, "disc.")
+        prefix = "reference."
+        self.reference = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+        self.step = state["step"]
+
+    def save(self) -> None:
+        """Write the final weights: DIR/policy and, where there is one, DIR/reward."""
+        self.policy.save(self.folder.policy)
+        if self.discriminator is not None:
+            algorithm = self.config.algorithm
+            self.discriminator.save(
+                self.folder.reward,
+                training={
+                    "granularity": algorithm.granularity,
+                    "interval": algorithm.interval,
+                    "boundary": self.task.step_boundary,
+                    "reward": algorithm.reward,
+                    "logit": self.config.discriminator.logit,
+                    "temperature": self.config.sampling.temperature,
+                    "task": self.task.name,
+                },
+            )
+
+
+def _load_policy(config: RunConfig) -> Policy:
+    policy = config.policy
+    torch.manual_seed(derive_seed(config.run.seed, "policy adapter", 0))
+    return Policy.from_pretrained(
+        policy.model,
+        gguf_file=policy.gguf_file,
+        dtype=getattr(torch, policy.dtype),
+        lora_rank=policy.lora_rank,
+        lora_alpha=policy.lora_alpha,
+    )
+
+
+def _create_discriminator(config: RunConfig, policy: Policy) -> Discriminator:
+    disc = config.discriminator
+    torch.manual_seed(derive_seed(config.run.seed, "discriminator adapter", 0))
+    options = {"kappa": disc.kappa, "offset": disc.offset} if disc.head == "lm" else {}
+    return Discriminator.create(
+        policy,
+        head=disc.head,
+        trunk=disc.trunk,
+        model=disc.model,
+        gguf_file=disc.gguf_file,
+        lora_rank=disc.lora_rank,
+        lora_alpha=disc.lora_alpha,
+        shaping_gamma=disc.shaping_gamma if disc.shaping else None,
+        span_logp=disc.span_logp,
+        **options,
+    )
+
+
+@contextmanager
+def _swapped(policy: Policy, values: dict[str, Tensor]) -> Iterator[None]:
+    """The policy with other weights, for as long as the block lasts."""
+    trainable = policy.trainable()
+    own = {name: p.detach().clone() for name, p in trainable.items()}
+    copy_parameters(trainable, values, "")
+    try:
+        yield
+    finally:
+        copy_parameters(trainable, own, "")
+
+
+def _rollout_metrics(rollouts: Sequence[Rollout]) -> Metrics:
+    count = len(rollouts)
+    return {
+        "rollout/length": sum(len(r.completion) for r in rollouts) / count,
+        "rollout/truncated": sum(r.finish == "length" for r in rollouts) / count,
+        "rollout/stopped": sum(r.finish == "stop" for r in rollouts) / count,
+    }
+
+
+def _mismatch(rollouts: Sequence[Rollout], logp: Sequence[Tensor]) -> float:
+    """Largest difference between sampling and packed log-probs; rollouts come first."""
+    sampled = torch.tensor([value for rollout in rollouts for value in rollout.logp])
+    packed = torch.cat(list(logp[: len(rollouts)])).cpu()
+    return float((sampled - packed).abs().max())

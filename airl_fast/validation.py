@@ -1,0 +1,69 @@
+"""How good a policy is on held-out problems."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from airl_fast.batches import Problem, TraceMaker, derive_seed
+from airl_fast.loading import LanguageModel
+from airl_fast.packing import Source, Trace
+from airl_fast.rollout import Rollout, sample
+from airl_fast.tasks import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """Completions of held-out problems: ``group_size`` of each, adjacent."""
+
+    problems: Sequence[Problem]
+    rollouts: list[Rollout]
+    correct: torch.Tensor  # [P, group_size] bool
+
+    @property
+    def accuracy(self) -> float:
+        """pass@1: the mean over all samples."""
+        return self.correct.double().mean().item()
+
+
+def sample_problems(
+    policy: LanguageModel,
+    task: Task,
+    problems: Sequence[Problem],
+    *,
+    group_size: int,
+    max_new_tokens: int,
+    seed: int,
+    temperature: float = 1.0,
+    stop: Sequence[str] = (),
+) -> Samples:
+    """Sample completions of every problem and check them with the task's verifier."""
+    rollouts = sample(
+        policy,
+        [problem.prompt for problem in problems],
+        group_size=group_size,
+        max_new_tokens=max_new_tokens,
+        seed=derive_seed(seed, "validation", 0),
+        temperature=temperature,
+        stop=stop,
+    )
+    correct = [
+        task.is_correct(rollout.text, problems[i // group_size].example)
+        for i, rollout in enumerate(rollouts)
+    ]
+    return Samples(
+        problems=problems,
+        rollouts=rollouts,
+        correct=torch.tensor(correct).view(len(problems), group_size),
+    )
+
+
+def traces_of(samples: Samples, maker: TraceMaker) -> list[Trace]:
+    """The samples as traces, grouped by problem."""
+    size = samples.correct.shape[1]
+    return [
+        maker.trace(samples.problems[i // size], rollout.completion, Source.POLICY, i // size)
+        for i, rollout in enumerate(samples.rollouts)
+    ]
