@@ -102,7 +102,10 @@ def run_demo(output_dir: Path, settings: DemoSettings | None = None) -> Results:
         uses = bars.wait(
             "reranking and locating", pool.submit(_use_reward, settings, start, str(output_dir))
         )
-        methods = {"base": base.result(), **{name: job.result() for name, job in jobs.items()}}
+        found = {"base": base.result(), **{name: job.result() for name, job in jobs.items()}}
+        methods = {
+            name: found[name] for name in ("base", "SFT", _SAMPLED, *_METHODS) if name in found
+        }
         rerank, locate, chance, traces = uses.result()
     results = Results(
         settings={**asdict(settings), "workers": workers},
@@ -137,7 +140,8 @@ def _config(folder: Path, settings: DemoSettings, *overrides: str) -> RunConfig:
         f"run.seed={settings.seed}",
         f"task.seed={settings.seed}",
         "run.threads=1",
-        "run.eval_every=0",
+        "run.eval_every=10",
+        "run.eval_samples=2",
         "algorithm.sft_warmup=0",
     )
     return load_config("arithmetic", [*own, *overrides, *settings.overrides])
@@ -148,6 +152,7 @@ def _sft_config(output_dir: Path, settings: DemoSettings, rate: float, steps: in
         output_dir / f"sft-{rate:g}",
         settings,
         "algorithm.name=sft",
+        "run.eval_every=0",
         f"algorithm.sft_learning_rate={rate}",
         f"run.steps={steps}",
         f"run.checkpoint_every={max(1, steps // settings.sft_checkpoints)}",

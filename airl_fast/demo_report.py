@@ -177,23 +177,27 @@ def _centre(values: Sequence[float]) -> float:
 
 
 def _charts(runs: Mapping[str, Path]) -> list[Chart]:
-    histories = {
-        name: [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-        for name, path in runs.items()
-    }
+    """Learning curves against policy steps; the discriminator's warm-up has negative ones."""
     kept = {
-        "reward/mean": "mean reward of a span",
+        "valid/pass@1": "pass@1 on validation",
+        "valid/auc_f": "AUC of f, right against wrong",
         "policy/entropy": "policy entropy (nats)",
         "disc/accuracy": "discriminator accuracy",
-        "rollout/length": "tokens of a completion",
     }
+    histories = {name: _history(path) for name, path in runs.items()}
     charts = []
     for key, label in kept.items():
         series = [
-            Series(name=name, x=[m["step"] for m in having], y=[m[key] for m in having])
+            Series(name=name, x=list(points), y=list(points.values()))
             for name, history in histories.items()
-            if (having := [m for m in history if key in m])
+            if (points := {step: m[key] for step, m in history.items() if key in m})
         ]
         if series:
-            charts.append(Chart(title=label, x_label="step", y_label=label, series=series))
+            charts.append(Chart(title=label, x_label="policy step", y_label=label, series=series))
     return charts
+
+
+def _history(path: Path) -> dict[int, dict[str, Any]]:
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    start = next(m["step"] for m in lines if m["phase"] == "policy") - 1
+    return {m["step"] - start: m for m in lines}

@@ -6,7 +6,8 @@ gradient do not depend on how it was cut.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -150,12 +151,24 @@ class DiscriminatorLearner:
 
 
 class PolicyLearner:
-    """Improves the policy on given advantages; imitation is the case of advantage one."""
+    """Improves the policy on given advantages.
 
-    def __init__(self, policy: LanguageModel, config: RunConfig, optimiser: Optimiser) -> None:
+    With ``imitation`` and advantage one that is plain cross-entropy, whatever temperature the
+    policy is sampled at and whatever its entropy is worth.
+    """
+
+    def __init__(
+        self,
+        policy: LanguageModel,
+        config: RunConfig,
+        optimiser: Optimiser,
+        *,
+        imitation: bool = False,
+    ) -> None:
         self.policy = policy
         self.config = config.algorithm
-        self.temperature = config.sampling.temperature
+        self.temperature = 1.0 if imitation else config.sampling.temperature
+        self.entropy_coef = 0.0 if imitation else config.algorithm.entropy_coef
         self.token_budget = config.run.token_budget
         self.optimiser = optimiser
 
@@ -185,7 +198,7 @@ class PolicyLearner:
                 clip_high=self.config.clip_high,
                 delta=self.config.delta,
                 beta=self.config.kl_beta if ref_logp is not None else 0.0,
-                entropy_coef=self.config.entropy_coef,
+                entropy_coef=self.entropy_coef,
                 aggregation="constant",
                 normaliser=float(actions),
                 **head.arguments(),
@@ -220,3 +233,15 @@ def copy_parameters(
                     "resume with the models that the run was started with"
                 )
             parameter.copy_(value)
+
+
+@contextmanager
+def swapped(policy: LanguageModel, values: dict[str, Tensor]) -> Iterator[None]:
+    """The policy with other weights, for as long as the block lasts."""
+    trainable = policy.trainable()
+    own = {name: p.detach().clone() for name, p in trainable.items()}
+    copy_parameters(trainable, values, "")
+    try:
+        yield
+    finally:
+        copy_parameters(trainable, own, "")

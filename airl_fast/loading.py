@@ -47,6 +47,14 @@ class Head:
         """Keyword arguments of the head for ``linear_logprob`` and its relatives."""
         return {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
 
+    def transforms_like(self, other: "Head") -> bool:
+        """Whether the other head differs in its weight alone."""
+        if (self.softcap, self.logit_scale) != (other.softcap, other.logit_scale):
+            return False
+        if self.bias is None or other.bias is None:
+            return self.bias is other.bias
+        return torch.equal(self.bias, other.bias)
+
 
 class LanguageModel(nn.Module):
     """A causal language model that takes packed batches and never forms its logits.

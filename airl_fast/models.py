@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from airl_fast.loading import (
+    METADATA,
     LanguageModel,
     Origin,
     add_adapter,
@@ -30,7 +31,7 @@ from airl_fast.loading import (
 from airl_fast.ops.airl_score import AIRLScore, airl_score
 from airl_fast.ops.linear_logprob import linear_logprob
 from airl_fast.ops.segments import segment_mean, segment_sum
-from airl_fast.packing import PackedBatch
+from airl_fast.packing import PackedBatch, Trace, pack
 
 HeadKind = Literal["lm", "score"]
 Trunk = Literal["own", "shared", "policy"]
@@ -58,13 +59,27 @@ class Policy(LanguageModel):
             name: hub name, local folder, or "arithmetic-base".
             gguf_file: a GGUF file inside it, dequantised on loading (needs the gguf extra).
             dtype: of the weights; a folder written by ``save`` keeps its own.
-            lora_rank: train an adapter of this rank; 0 trains all weights.
+            lora_rank: train an adapter of this rank; 0 trains all weights, or the adapter that a
+                saved policy has.
             lora_alpha: LoRA's scale times its rank.
             trust_remote_code: run model code from the repository.
             device: where the weights go.
+
+        Raises:
+            ValueError: the folder holds an adapter of another rank than ``lora_rank``.
         """
-        if (Path(name) / "airl_fast.json").is_file():
-            body = load_saved(Path(name), read_metadata(Path(name), "policy"), device=device)
+        saved = None
+        if (Path(name) / METADATA).is_file():
+            saved = read_metadata(Path(name), "policy")
+            dtype = getattr(torch, saved["dtype"])
+        if saved and (saved["adapter"] or not lora_rank):
+            body = load_saved(Path(name), saved, device=device)
+            rank = body.model.peft_config[body.adapter].r if body.adapter else 0
+            if lora_rank and rank != lora_rank:
+                raise ValueError(
+                    f"{name} holds an adapter of rank {rank}, received lora_rank={lora_rank}: "
+                    f"give lora_rank={rank} (or 0) to go on training it"
+                )
         else:
             body = load_language_model(
                 Origin(model=str(name), gguf_file=gguf_file, trust_remote_code=trust_remote_code),
@@ -149,7 +164,8 @@ class Discriminator(nn.Module):
             **options: ``shaping_gamma``, ``span_logp``, ``kappa``, ``offset``.
 
         Raises:
-            ValueError: the parts contradict each other, or the tokenizers differ.
+            ValueError: the parts contradict each other, the tokenizers differ, or an lm head
+                cannot start as a copy of the policy (``copy_body``).
         """
         body: LanguageModel | None
         if trunk == "policy":
@@ -173,7 +189,14 @@ class Discriminator(nn.Module):
                     "same family"
                 )
         width = (body or policy).head.weight.shape[1]
-        return cls(body, head=head, trunk=trunk, width=width, **options)
+        discriminator = cls(body, head=head, trunk=trunk, width=width, **options)
+        # The policy may have been trained since it left its origin.
+        if body is not None and model is None:
+            if _shapes(body) == _shapes(policy):
+                discriminator.copy_body(policy)
+            elif head == "lm" and not _same_states(body, policy):
+                raise ValueError(_UNLIKE)
+        return discriminator
 
     def f(self, batch: PackedBatch, policy_hidden: Tensor | None = None) -> Tensor:
         """The energy of every span, [S] float32, with gradients.
@@ -182,15 +205,16 @@ class Discriminator(nn.Module):
             batch: a packed batch.
             policy_hidden: [T, D], needed by ``trunk="policy"`` alone; detached here.
         """
-        hidden = self._hidden(batch, policy_hidden)
+        return self._energies(batch, self._hidden(batch, policy_hidden))
+
+    def _energies(self, batch: PackedBatch, hidden: Tensor) -> Tensor:
         if self.head_kind == "lm":
             assert self.body is not None
             head = self.body.head
             logq = linear_logprob(
                 hidden[batch.state_index], head.weight, batch.targets, **head.arguments()
             )
-            combine = segment_sum if self.span_logp == "sum" else segment_mean
-            return combine(self.kappa * logq + self.offset, batch.cu_spans)
+            return self._combine(self.kappa * logq + self.offset, batch)
         last_action = batch.action_index[batch.cu_spans[1:].long() - 1]
         rows = hidden[last_action].float() @ self.weight.T + self.bias
         if self.shaping_gamma is None:
@@ -212,13 +236,19 @@ class Discriminator(nn.Module):
     ) -> AIRLScore:
         """Reward and f of every span, log pi and entropy of every action, without gradients.
 
-        One call of the fused ``airl_score`` operator; see there for shapes.
+        One call of the fused ``airl_score`` operator; see there for shapes. That operator has one
+        bias, soft-capping and scale for both heads: where they differ, it takes two calls.
         """
         policy_hidden = policy.hidden(batch)
         hidden = self._hidden(batch, policy_hidden)
         policy_head = policy.head
         if self.head_kind == "lm":
             assert self.body is not None
+            if not policy_head.transforms_like(self.body.head):
+                f = self._energies(batch, hidden)
+                logp, entropy = policy.logprob(policy_hidden, batch, temperature)
+                reward = f - self._combine(logp, batch) if form == "airl" else f
+                return AIRLScore(reward=reward, f=f, logp=logp, entropy=entropy)
             rows, weight = batch.state_index, self.body.head.weight
             extra: dict[str, Any] = {
                 "disc_scale": float(self.kappa),
@@ -249,19 +279,16 @@ class Discriminator(nn.Module):
         """Start the body from the policy's present weights (q = pi).
 
         Raises:
-            ValueError: the two train different parameters (full weights and LoRA, or other ranks).
+            ValueError: the two train different parameters (full weights and LoRA, or other ranks
+                or scales).
         """
         if self.body is None:
             return
+        if _shapes(self.body) != _shapes(policy):
+            raise ValueError(_UNLIKE)
         with torch.no_grad():
-            mine = list(self.body.trainable().values())
-            theirs = list(policy.trainable().values())
-            if [p.shape for p in mine] != [p.shape for p in theirs]:
-                raise ValueError(
-                    "the discriminator cannot start from the policy's warm start: they train "
-                    "different parameters; give both the same lora_rank"
-                )
-            for own, other in zip(mine, theirs, strict=True):
+            pairs = zip(self.body.trainable().values(), policy.trainable().values(), strict=True)
+            for own, other in pairs:
                 own.copy_(other)
 
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -314,9 +341,33 @@ class Discriminator(nn.Module):
                 parameter.copy_(saved[name])
         return discriminator.to(device)
 
+    def _combine(self, values: Tensor, batch: PackedBatch) -> Tensor:
+        combine = segment_sum if self.span_logp == "sum" else segment_mean
+        return combine(values, batch.cu_spans)
+
     def _hidden(self, batch: PackedBatch, policy_hidden: Tensor | None) -> Tensor:
         if self.body is not None:
             return self.body.hidden(batch)
         if policy_hidden is None:
             raise ValueError("trunk='policy' needs the policy's hidden states: pass policy_hidden")
         return policy_hidden.detach()
+
+
+_UNLIKE = (
+    "the discriminator cannot start from the policy's present weights: they train different "
+    "parameters; give both the same lora_rank and lora_alpha"
+)
+
+
+def _shapes(model: LanguageModel) -> tuple[list[torch.Size], int | None]:
+    """What two models must have in common for the weights of one to mean the same in the other."""
+    alpha = model.model.peft_config[model.adapter].lora_alpha if model.adapter else None
+    return [parameter.shape for parameter in model.trainable().values()], alpha
+
+
+@torch.no_grad()
+def _same_states(one: LanguageModel, other: LanguageModel) -> bool:
+    """Whether two models of one origin still compute the same, tried on a few tokens."""
+    ids = tuple(i % one.head.weight.shape[0] for i in range(8))
+    probe = pack([Trace(prompt=ids[:1], completion=ids[1:], span_lengths=(7,))], device=one.device)
+    return torch.allclose(one.hidden(probe), other.hidden(probe), rtol=1e-4, atol=1e-5)

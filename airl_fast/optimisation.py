@@ -73,6 +73,7 @@ class Optimiser:
         """
         norm = float(nn.utils.clip_grad_norm_(self.parameters, self.clip_norm))
         if not math.isfinite(norm):
+            self.adamw.zero_grad(set_to_none=True)
             raise FloatingPointError(
                 f"the gradient's norm is {norm} at update {self.updates}: expected a finite "
                 "number; lower the learning rate, or look for non-finite rewards in the metrics"

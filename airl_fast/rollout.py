@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -48,7 +49,8 @@ def sample(
         max_new_tokens: longest completion; one that reaches it is marked "length".
         seed: the same seed, model and prompts give the same completions (on the same device).
         temperature: of the softmax; 0 decodes greedily (``logp`` is then at temperature 1).
-        stop: strings that end a completion.
+        stop: strings that end a completion, at the token that completes one; none may begin in
+            the prompt.
         batch_size: sequences generated at once.
 
     Returns:
@@ -84,6 +86,23 @@ def sample(
     return [rollout for index in range(len(prompts)) for rollout in groups[index]]
 
 
+def summarise(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Mean length, and how many were cut off or ended by a stop string."""
+    count = len(rollouts)
+    return {
+        "rollout/length": sum(len(r.completion) for r in rollouts) / count,
+        "rollout/truncated": sum(r.finish == "length" for r in rollouts) / count,
+        "rollout/stopped": sum(r.finish == "stop" for r in rollouts) / count,
+    }
+
+
+def largest_mismatch(rollouts: Sequence[Rollout], logp: Sequence[Tensor]) -> float:
+    """Largest difference from other log-probs of the same tokens, one tensor per rollout."""
+    sampled = torch.tensor([value for rollout in rollouts for value in rollout.logp])
+    other = torch.cat(list(logp)).cpu()
+    return float((sampled - other).abs().max())
+
+
 class _Recorder:
     """A logits processor that sets the temperature and keeps the log-prob of what was drawn.
 
@@ -107,6 +126,45 @@ class _Recorder:
             self.logp.append(self.previous.gather(1, input_ids[:, -1:])[:, 0])
 
 
+class _Ends:
+    """A stopping criterion that notes where and why each row ended.
+
+    transformers' own criteria do not tell which rows they ended, and its stop strings may begin in
+    the prompt: a row that ends so cannot be told from one that draws padding.
+    """
+
+    def __init__(self, tokenizer: Any, stop: list[str], ends: set[int], rows: int) -> None:
+        self.tokenizer = tokenizer
+        self.stop = stop
+        self.ends = ends
+        self.special = set(tokenizer.all_special_ids)
+        # A stop string is looked for in the last tokens, each of a byte or more; the further ones
+        # keep a character that is cut in two away from it.
+        self.window = 8 + max((len(string.encode()) for string in stop), default=0)
+        self.lengths = [0] * rows
+        self.reasons: list[FinishReason | None] = [None] * rows
+        self.shown: list[list[int]] = [[] for _ in range(rows)]  # the tokens that are text
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        for row, token in enumerate(input_ids[:, -1].tolist()):
+            if self.reasons[row] is None:
+                self.lengths[row] += 1
+                self.reasons[row] = self._reason(self.shown[row], token)
+        done = [reason is not None for reason in self.reasons]
+        return torch.tensor(done, device=input_ids.device)
+
+    def _reason(self, shown: list[int], token: int) -> FinishReason | None:
+        if self.stop and token not in self.special:
+            shown.append(token)
+            if self._stopped(shown[-self.window :]) and self._stopped(shown):
+                return "stop"
+        return "end" if token in self.ends else None
+
+    def _stopped(self, tokens: list[int]) -> bool:
+        text = self.tokenizer.decode(tokens)
+        return any(string in text for string in self.stop)
+
+
 @torch.no_grad()
 def _generate(
     policy: LanguageModel,
@@ -116,7 +174,7 @@ def _generate(
     temperature: float,
     stop: list[str],
 ) -> list[Rollout]:
-    from transformers import LogitsProcessorList
+    from transformers import LogitsProcessorList, StoppingCriteriaList
 
     tokenizer = policy.tokenizer
     width = max(len(prompt) for prompt in prompts)
@@ -124,37 +182,56 @@ def _generate(
     ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
     recorder = _Recorder(temperature)
-    ends = _ends_of_text(policy)
-    with policy.active():
+    tokens_that_end = _ends_of_text(policy)
+    ends = _Ends(tokenizer, stop, tokens_that_end, len(prompts) * group_size)
+    with policy.active(), _no_settings_of_its_own(policy.causal_lm):
         output = policy.causal_lm.generate(
             input_ids=ids.repeat_interleave(group_size, 0).to(policy.device),
             attention_mask=mask.repeat_interleave(group_size, 0).to(policy.device),
-            generation_config=_generation_config(policy, max_new_tokens, temperature, stop),
+            generation_config=_generation_config(pad, tokens_that_end, max_new_tokens, temperature),
             logits_processor=LogitsProcessorList([recorder]),
-            tokenizer=tokenizer if stop else None,
+            stopping_criteria=StoppingCriteriaList([ends]),
         )
     recorder.collect(output)
     logp = torch.stack(recorder.logp, 1).tolist()
     new = output[:, width:].tolist()
     return [
-        _rollout(prompts[row // group_size], new[row], logp[row], tokenizer, stop, ends)
-        for row in range(len(new))
+        Rollout(
+            prompt=prompts[row // group_size],
+            completion=tuple(new[row][:length]),
+            logp=tuple(logp[row][:length]),
+            finish=ends.reasons[row] or "length",
+            text=tokenizer.decode(new[row][:length], skip_special_tokens=True),
+        )
+        for row, length in enumerate(ends.lengths)
     ]
 
 
-def _generation_config(
-    policy: LanguageModel, max_new_tokens: int, temperature: float, stop: list[str]
-) -> Any:
-    """The model's end of text, and nothing of its settings that would change the distribution."""
+@contextmanager
+def _no_settings_of_its_own(model: Any) -> Iterator[None]:
+    """Take a model's generation settings away: generate() falls back on them, whatever it is given.
+
+    A repetition penalty or top-k there would change the distribution and not the log-probs.
+    """
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _generation_config(pad: int, ends: set[int], max_new_tokens: int, temperature: float) -> Any:
     from transformers import GenerationConfig
 
     # The recorder divides by the temperature; top-k and top-p would renormalise what is left.
     drawing = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
-        pad_token_id=policy.tokenizer.pad_token_id,
-        eos_token_id=sorted(_ends_of_text(policy)),
-        stop_strings=stop or None,
+        pad_token_id=pad,
+        eos_token_id=sorted(ends) or None,
         **(drawing if temperature > 0 else {"do_sample": False}),
     )
 
@@ -163,40 +240,3 @@ def _ends_of_text(policy: LanguageModel) -> set[int]:
     configured = policy.causal_lm.generation_config.eos_token_id
     ids = configured if isinstance(configured, list) else [configured]
     return {i for i in [*ids, policy.tokenizer.eos_token_id] if i is not None}
-
-
-def _rollout(
-    prompt: tuple[int, ...],
-    ids: list[int],
-    logp: list[float],
-    tokenizer: Any,
-    stop: list[str],
-    ends: set[int],
-) -> Rollout:
-    # Rows that finish before their neighbours are padded on the right, perhaps with end-of-text.
-    end_at = next((i + 1 for i, token in enumerate(ids) if token in ends), None)
-    stop_at = _first_stop(ids[:end_at], tokenizer, stop)
-    length, finish = len(ids), "length"
-    if stop_at is not None:
-        length, finish = stop_at, "stop"
-    elif end_at is not None:
-        length, finish = end_at, "end"
-    return Rollout(
-        prompt=prompt,
-        completion=tuple(ids[:length]),
-        logp=tuple(logp[:length]),
-        finish=cast(FinishReason, finish),
-        text=tokenizer.decode(ids[:length], skip_special_tokens=True),
-    )
-
-
-def _first_stop(ids: list[int], tokenizer: Any, stop: list[str]) -> int | None:
-    """How many tokens it takes until the text holds a stop string; None if it never does."""
-
-    def stopped(count: int) -> bool:
-        text = tokenizer.decode(ids[:count], skip_special_tokens=True)
-        return any(string in text for string in stop)
-
-    if not stop or not stopped(len(ids)):
-        return None
-    return next(count for count in range(1, len(ids) + 1) if stopped(count))

@@ -410,6 +410,16 @@ class RunConfig:
                 "policy.lora_rank to 1 or more",
             ),
             (
+                self.algorithm.name == "airl"
+                and self.algorithm.sft_warmup > 0
+                and disc.trunk == "own"
+                and disc.model is None
+                and disc.lora_rank != policy.lora_rank,
+                f"discriminator.lora_rank={disc.lora_rank} and policy.lora_rank="
+                f"{policy.lora_rank}: f starts from the policy's warm start "
+                "(algorithm.sft_warmup), so both must train the same parameters; set them equal",
+            ),
+            (
                 disc.logit == "wgan" and self.algorithm.reward == "f-logp",
                 "algorithm.reward=f-logp with discriminator.logit=wgan: a critic is no "
                 "log-density ratio; set algorithm.reward=f",

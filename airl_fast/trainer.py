@@ -9,8 +9,7 @@ discriminator alone, then both. It goes on from its last checkpoint with the sam
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from airl_fast.advantages import token_advantages
 from airl_fast.batches import Problem, Shuffled, TraceMaker, derive_seed, encode
+from airl_fast.building import create_discriminator, load_policy
 from airl_fast.config import RunConfig
 from airl_fast.evaluation import auc
 from airl_fast.learners import (
@@ -26,16 +26,17 @@ from airl_fast.learners import (
     PolicyLearner,
     combine_logp,
     copy_parameters,
+    swapped,
 )
 from airl_fast.models import Discriminator, Policy
 from airl_fast.optimisation import Optimiser
 from airl_fast.packing import Source, Trace
 from airl_fast.passes import action_logp, offsets, per_trace_sum, span_energies
-from airl_fast.rollout import Rollout, sample
+from airl_fast.rollout import Rollout, largest_mismatch, sample, summarise
 from airl_fast.run_folder import RunFolder
 from airl_fast.spans import span_rule
 from airl_fast.tasks import Task, load_task
-from airl_fast.validation import sample_problems, traces_of
+from airl_fast.validation import outcome_rewards, sample_problems, traces_of
 
 SFT, DISCRIMINATOR, BOTH = "sft", "discriminator", "policy"
 
@@ -68,10 +69,10 @@ class Trainer:
             torch.set_num_threads(config.run.threads)
         self.config = config
         self.task = task or load_task(config.task)
-        self.policy = policy or _load_policy(config)
+        self.policy = policy or load_policy(config)
         self.discriminator = None
         if config.algorithm.name == "airl":
-            self.discriminator = discriminator or _create_discriminator(config, self.policy)
+            self.discriminator = discriminator or create_discriminator(config, self.policy)
         self._starts_as_policy = discriminator is None and config.discriminator.model is None
         self.on_step = on_step
 
@@ -117,7 +118,7 @@ class Trainer:
             self.maker.trace(problems[i // size], rollout.completion, Source.POLICY, i // size)
             for i, rollout in enumerate(rollouts)
         ]
-        metrics = _rollout_metrics(rollouts)
+        metrics = summarise(rollouts)
 
         if self.disc_learner is not None:
             contrast = self._contrast(problems, traces, step)
@@ -129,7 +130,7 @@ class Trainer:
         if algorithm.expert_in_group:
             traces += [self.maker.expert(p, i) for i, p in enumerate(problems) if p.expert]
         logp = self._logp(traces)
-        metrics["sampler_mismatch"] = _mismatch(rollouts, logp)
+        metrics["sampler_mismatch"] = largest_mismatch(rollouts, logp[: len(rollouts)])
         rewards = self._rewards(problems, traces, logp, metrics)
         advantages = self._advantages(traces, rewards, metrics)
         old_logp = logp if algorithm.policy_updates > 1 else None
@@ -194,7 +195,8 @@ class Trainer:
     ) -> Tensor:
         """The reward of every span of every trace, [S]: f, f - log pi, or the true outcome."""
         if self.discriminator is None:
-            reward = self._outcomes(problems, traces)
+            asked = [problems[trace.group] for trace in traces]
+            reward = outcome_rewards(self.policy, self.task, asked, traces)
         else:
             budget = self.config.run.token_budget
             reward = torch.cat(span_energies(self.discriminator, self.policy, traces, budget))
@@ -207,15 +209,6 @@ class Trainer:
         metrics["reward/std"] = float(reward.std(correction=0))
         metrics["reward/clipped"] = float((reward.abs() > clip).sum())
         return reward.clamp(-clip, clip)
-
-    def _outcomes(self, problems: Sequence[Problem], traces: Sequence[Trace]) -> Tensor:
-        """One for a right answer, credited at the trace's last span."""
-        rewards: list[float] = []
-        for trace in traces:
-            text = self.policy.tokenizer.decode(trace.completion, skip_special_tokens=True)
-            right = self.task.is_correct(text, problems[trace.group].example)
-            rewards += [0.0] * (len(trace.span_lengths) - 1) + [float(right)]
-        return torch.tensor(rewards, device=self.policy.device)
 
     def _advantages(
         self, traces: Sequence[Trace], rewards: Tensor, metrics: Metrics
@@ -245,7 +238,7 @@ class Trainer:
     def _reference_logp(self, traces: Sequence[Trace]) -> list[Tensor] | None:
         if not self.reference:
             return None
-        with _swapped(self.policy, self.reference):
+        with swapped(self.policy, self.reference):
             return self._logp(traces)
 
     # Before, between and after the steps
@@ -268,7 +261,7 @@ class Trainer:
     def _prepare_learners(self) -> None:
         config, policy, algorithm = self.config, self.config.policy, self.config.algorithm
 
-        def learner(rate: float, updates: int) -> PolicyLearner:
+        def learner(rate: float, updates: int, *, imitation: bool) -> PolicyLearner:
             optimiser = Optimiser(
                 self.policy.trainable(),
                 learning_rate=rate,
@@ -279,12 +272,11 @@ class Trainer:
                 updates=updates,
                 final_fraction=policy.final_lr_fraction,
             )
-            return PolicyLearner(self.policy, config, optimiser)
+            return PolicyLearner(self.policy, config, optimiser, imitation=imitation)
 
-        self.sft_learner = learner(algorithm.sft_learning_rate, self.sft_steps)
-        self.policy_learner = learner(
-            policy.learning_rate, config.run.steps * algorithm.policy_updates
-        )
+        self.sft_learner = learner(algorithm.sft_learning_rate, self.sft_steps, imitation=True)
+        updates = config.run.steps * algorithm.policy_updates
+        self.policy_learner = learner(policy.learning_rate, updates, imitation=False)
         self.disc_learner: DiscriminatorLearner | None = None
         if self.discriminator is not None and not algorithm.frozen_discriminator:
             self.disc_learner = DiscriminatorLearner(self.discriminator, self.policy, config)
@@ -383,61 +375,3 @@ class Trainer:
                     "task": self.task.name,
                 },
             )
-
-
-def _load_policy(config: RunConfig) -> Policy:
-    policy = config.policy
-    torch.manual_seed(derive_seed(config.run.seed, "policy adapter", 0))
-    return Policy.from_pretrained(
-        policy.model,
-        gguf_file=policy.gguf_file,
-        dtype=getattr(torch, policy.dtype),
-        lora_rank=policy.lora_rank,
-        lora_alpha=policy.lora_alpha,
-    )
-
-
-def _create_discriminator(config: RunConfig, policy: Policy) -> Discriminator:
-    disc = config.discriminator
-    torch.manual_seed(derive_seed(config.run.seed, "discriminator adapter", 0))
-    options = {"kappa": disc.kappa, "offset": disc.offset} if disc.head == "lm" else {}
-    return Discriminator.create(
-        policy,
-        head=disc.head,
-        trunk=disc.trunk,
-        model=disc.model,
-        gguf_file=disc.gguf_file,
-        lora_rank=disc.lora_rank,
-        lora_alpha=disc.lora_alpha,
-        shaping_gamma=disc.shaping_gamma if disc.shaping else None,
-        span_logp=disc.span_logp,
-        **options,
-    )
-
-
-@contextmanager
-def _swapped(policy: Policy, values: dict[str, Tensor]) -> Iterator[None]:
-    """The policy with other weights, for as long as the block lasts."""
-    trainable = policy.trainable()
-    own = {name: p.detach().clone() for name, p in trainable.items()}
-    copy_parameters(trainable, values, "")
-    try:
-        yield
-    finally:
-        copy_parameters(trainable, own, "")
-
-
-def _rollout_metrics(rollouts: Sequence[Rollout]) -> Metrics:
-    count = len(rollouts)
-    return {
-        "rollout/length": sum(len(r.completion) for r in rollouts) / count,
-        "rollout/truncated": sum(r.finish == "length" for r in rollouts) / count,
-        "rollout/stopped": sum(r.finish == "stop" for r in rollouts) / count,
-    }
-
-
-def _mismatch(rollouts: Sequence[Rollout], logp: Sequence[Tensor]) -> float:
-    """Largest difference between sampling and packed log-probs; rollouts come first."""
-    sampled = torch.tensor([value for rollout in rollouts for value in rollout.logp])
-    packed = torch.cat(list(logp[: len(rollouts)])).cpu()
-    return float((sampled - packed).abs().max())

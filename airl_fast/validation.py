@@ -67,3 +67,22 @@ def traces_of(samples: Samples, maker: TraceMaker) -> list[Trace]:
         maker.trace(samples.problems[i // size], rollout.completion, Source.POLICY, i // size)
         for i, rollout in enumerate(samples.rollouts)
     ]
+
+
+def outcome_rewards(
+    policy: LanguageModel, task: Task, problems: Sequence[Problem], traces: Sequence[Trace]
+) -> torch.Tensor:
+    """One for a right answer, credited at the trace's last span, zero elsewhere, [S].
+
+    Args:
+        policy: decodes.
+        task: verifies.
+        problems: what each trace answers.
+        traces: completions.
+    """
+    rewards: list[float] = []
+    for problem, trace in zip(problems, traces, strict=True):
+        text = policy.tokenizer.decode(trace.completion, skip_special_tokens=True)
+        right = task.is_correct(text, problem.example)
+        rewards += [0.0] * (len(trace.span_lengths) - 1) + [float(right)]
+    return torch.tensor(rewards, device=policy.device)
