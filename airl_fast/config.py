@@ -16,7 +16,7 @@ import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from .schema import (
+from airl_fast.schema import (
     AlgorithmConfig,
     DiscriminatorConfig,
     PolicyConfig,

@@ -4,7 +4,7 @@ import random
 import re
 from collections.abc import Callable, Sequence
 
-from .tasks.base import Task, other_digit, split_steps
+from airl_fast.tasks.base import Task, other_digit, split_steps
 
 
 def replace_digit(completion: str, boundary: str, rng: random.Random) -> str | None:

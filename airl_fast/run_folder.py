@@ -19,8 +19,9 @@ from torch import Tensor
 from airl_fast.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from airl_fast.config import RunConfig, save_config
 
-# What may differ between a run and its continuation: nothing that the weights depend on.
-_FREE = ("output_dir", "resume", "checkpoint_every", "keep_checkpoints", "threads", "steps")
+# What may differ between a run and its continuation: nothing that the weights depend on, but for
+# the order in which another number of threads adds up.
+_FREE = {"output_dir", "resume", "checkpoint_every", "keep_checkpoints", "threads"}
 
 
 class RunFolder:
@@ -39,7 +40,8 @@ class RunFolder:
 
         Raises:
             ValueError: the folder holds a run that ``run.resume`` forbids to continue, or one of
-                another configuration (the keys are named), or none where one must be.
+                another configuration (the keys are named), or none where one must be. More steps
+                are another configuration unless policy.final_lr_fraction=1.
         """
         resume = self.config.run.resume
         used = self._metrics.exists() or self._checkpoints.exists()
@@ -58,7 +60,14 @@ class RunFolder:
             return None
         tensors, state = load_checkpoint(latest)
         self._check_same(state["config"])
+        if state["step"] > self.config.total_steps:
+            raise ValueError(
+                f"{self.path} holds {state['step']} finished steps, and run.steps="
+                f"{self.config.run.steps} asks for {self.config.total_steps} in all: raise "
+                "run.steps, or choose another run.output_dir"
+            )
         self._forget_after(state["step"])
+        save_config(self.config, self.path / "config.yaml")
         return tensors, state
 
     def record(self, metrics: dict[str, Any]) -> None:
@@ -87,11 +96,14 @@ class RunFolder:
 
     def _check_same(self, saved: dict[str, Any]) -> None:
         now = _jsonable(asdict(self.config))
+        # A cosine depends on where it ends: the steps already made would have been others.
+        constant = self.config.policy.final_lr_fraction == 1
+        free = _FREE | {"steps"} if constant else _FREE
         changed = [
             f"{section}.{key} ({saved[section].get(key)!r} -> {value!r})"
             for section, values in now.items()
             for key, value in values.items()
-            if not (section == "run" and key in _FREE) and saved[section].get(key) != value
+            if not (section == "run" and key in free) and saved[section].get(key) != value
         ]
         if changed:
             raise ValueError(

@@ -250,6 +250,10 @@ class DiscriminatorConfig:
         return self
 
 
+def _adapter(model: PolicyConfig | DiscriminatorConfig) -> tuple[int, int] | None:
+    return (model.lora_rank, model.lora_alpha) if model.lora_rank else None
+
+
 @_section
 class AlgorithmConfig:
     """What the policy is trained on and how."""
@@ -418,6 +422,17 @@ class RunConfig:
                 f"discriminator.lora_rank={disc.lora_rank} and policy.lora_rank="
                 f"{policy.lora_rank}: f starts from the policy's warm start "
                 "(algorithm.sft_warmup), so both must train the same parameters; set them equal",
+            ),
+            (
+                self.algorithm.name == "airl"
+                and self.algorithm.sft_warmup > 0
+                and disc.trunk != "policy"
+                and disc.model is None
+                and _adapter(policy) != _adapter(disc),
+                f"algorithm.sft_warmup={self.algorithm.sft_warmup}: the discriminator starts from "
+                "the warm policy's weights, so both need the same adapter; set "
+                f"discriminator.lora_rank={policy.lora_rank} and "
+                f"discriminator.lora_alpha={policy.lora_alpha}, or algorithm.sft_warmup=0",
             ),
             (
                 disc.logit == "wgan" and self.algorithm.reward == "f-logp",

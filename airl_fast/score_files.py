@@ -108,7 +108,7 @@ def locate_file(load: Load, source: Path, target: Path | None, *, end_of_text: b
 
 
 def _rows(source: Path) -> list[Row]:
-    if not source.is_file():
+    if not source.exists() or source.is_dir():
         raise ValueError(f"{source}: no such file; give a file of JSON lines")
     return read_rows(source)
 

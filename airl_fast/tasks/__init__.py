@@ -1,7 +1,7 @@
 """Tasks: ``load_task`` builds the one that a configuration names."""
 
-from ..schema import TaskConfig
-from .base import Example, Message, Task, encode_completion, encode_prompt
+from airl_fast.schema import TaskConfig
+from airl_fast.tasks.base import Example, Message, Task, encode_completion, encode_prompt
 
 __all__ = ["Example", "Message", "Task", "encode_completion", "encode_prompt", "load_task"]
 
@@ -14,7 +14,7 @@ def load_task(config: TaskConfig) -> Task:
             the subsets asked for.
     """
     if config.name == "arithmetic":
-        from .arithmetic import Arithmetic
+        from airl_fast.tasks.arithmetic import Arithmetic
 
         return Arithmetic(
             config.seed,
@@ -25,7 +25,7 @@ def load_task(config: TaskConfig) -> Task:
             expert_error=config.expert_error,
         )
     if config.name == "gsm8k":
-        from .gsm8k import GSM8K
+        from airl_fast.tasks.gsm8k import GSM8K
 
         return GSM8K(
             config.path,
@@ -37,7 +37,7 @@ def load_task(config: TaskConfig) -> Task:
             chat=config.chat,
             calculator_marks=config.calculator_marks,
         )
-    from .jsonl import JSONLines
+    from airl_fast.tasks.jsonl import JSONLines
 
     assert config.path is not None  # TaskConfig refuses jsonl without one
     return JSONLines(

@@ -3,7 +3,7 @@
 import random
 import re
 
-from .base import other_digit, split_steps
+from airl_fast.tasks.base import other_digit, split_steps
 
 # A number that stands alone: with thousands separators or not, then no further digit, be it
 # straight or after a sign of arithmetic: "3/4", "12,34" and "3 + 4" are no single number.

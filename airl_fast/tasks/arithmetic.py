@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from .base import Example
+from airl_fast.tasks.base import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -4,9 +4,9 @@ import random
 import re
 from pathlib import Path
 
-from .answers import find_answer, parse_number, wrong_number
-from .base import Example, Message, Prompt
-from .rows import Row, draw_subsets, local_files, read_rows
+from airl_fast.tasks.answers import find_answer, parse_number, wrong_number
+from airl_fast.tasks.base import Example, Message, Prompt
+from airl_fast.tasks.rows import Row, draw_subsets, local_files, read_rows
 
 HUB_NAME = "openai/gsm8k"
 INSTRUCTION = (

@@ -4,9 +4,9 @@ import random
 from pathlib import Path
 from typing import Any
 
-from .answers import canonical, find_answer, same_answer, wrong_number
-from .base import Example, Message, Prompt
-from .rows import Row, draw_subsets, local_files, read_rows
+from airl_fast.tasks.answers import canonical, find_answer, same_answer, wrong_number
+from airl_fast.tasks.base import Example, Message, Prompt
+from airl_fast.tasks.rows import Row, draw_subsets, local_files, read_rows
 
 _REMEDY = (
     'a row is {"prompt": "...", "completion": "...", "answer": "..."} or {"messages": [{"role": '

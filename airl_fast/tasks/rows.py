@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .base import Example
+from airl_fast.tasks.base import Example
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,39 @@
+"""Several runs of the demo as one Markdown table: mean and standard deviation over the seeds.
+
+python docs/demo/table.py runs/demo-0 runs/demo-1 runs/demo-2
+"""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+
+
+def cell(values: list[float]) -> str:
+    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def main(folders: list[str]) -> None:
+    runs = [json.loads((Path(folder) / "metrics.json").read_text()) for folder in folders]
+    print("| policy | pass@1, T = 1 | greedy | at its best T |\n| --- | --- | --- | --- |")
+    for name in runs[0]["methods"]:
+        having = [run["methods"][name] for run in runs if name in run["methods"]]
+        columns = [cell([mean(m[key]) for m in having]) for key in ("sampled", "greedy", "best")]
+        print(f"| {name} | {' | '.join(columns)} |")
+    print("\n| picking one of 16 samples of the SFT by | accuracy |\n| --- | --- |")
+    for name in runs[0]["rerank"]:
+        print(f"| {name} | {cell([mean(run['rerank'][name]) for run in runs])} |")
+    print("\n| lowest-scoring step is the planted error, by | accuracy |\n| --- | --- |")
+    print(f"| chance | {mean([run['locate_chance'] for run in runs]):.3f} |")
+    for name in runs[0]["locate"]:
+        print(f"| {name} | {cell([mean(run['locate'][name]) for run in runs])} |")
+    print("\nSeeds:", ", ".join(str(run["settings"]["seed"]) for run in runs))
+    print("Seconds:", ", ".join(f"{run['seconds']:.0f}" for run in runs))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
