@@ -148,7 +148,10 @@ class LanguageModel(nn.Module):
         else:
             from peft import get_peft_model_state_dict
 
-            state = get_peft_model_state_dict(self.model, adapter_name=self.adapter)
+            # The default asks the hub whether the vocabulary grew; embeddings are never trained.
+            state = get_peft_model_state_dict(
+                self.model, adapter_name=self.adapter, save_embedding_layers=False
+            )
             tensors = {name: value.contiguous() for name, value in state.items()}
             save_file(tensors, directory / "adapter_model.safetensors")
             self.model.peft_config[self.adapter].save_pretrained(directory)

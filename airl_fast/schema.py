@@ -416,16 +416,6 @@ class RunConfig:
             (
                 self.algorithm.name == "airl"
                 and self.algorithm.sft_warmup > 0
-                and disc.trunk == "own"
-                and disc.model is None
-                and disc.lora_rank != policy.lora_rank,
-                f"discriminator.lora_rank={disc.lora_rank} and policy.lora_rank="
-                f"{policy.lora_rank}: f starts from the policy's warm start "
-                "(algorithm.sft_warmup), so both must train the same parameters; set them equal",
-            ),
-            (
-                self.algorithm.name == "airl"
-                and self.algorithm.sft_warmup > 0
                 and disc.trunk != "policy"
                 and disc.model is None
                 and _adapter(policy) != _adapter(disc),
