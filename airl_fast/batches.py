@@ -49,6 +49,33 @@ def encode(examples: Sequence[Example], tokenizer: Any) -> list[Problem]:
     ]
 
 
+def check_lengths(
+    problems: Sequence[Problem], *, max_new_tokens: int, token_budget: int, context: float
+) -> None:
+    """Refuse, before the first step, problems whose traces would not fit later on.
+
+    Args:
+        problems: with their demonstrations.
+        max_new_tokens: longest completion that is sampled.
+        token_budget: tokens of a micro-batch.
+        context: tokens that the model takes.
+
+    Raises:
+        ValueError: a trace could be longer than the budget or the context, naming the problem.
+    """
+    for problem in problems:
+        completion = max(max_new_tokens, len(problem.expert or ()))
+        length = len(problem.prompt) + completion
+        if length > min(token_budget, context):
+            short = "run.token_budget" if length > token_budget else "the model's context"
+            raise ValueError(
+                f"example {problem.example.id!r}: a prompt of {len(problem.prompt)} tokens and a "
+                f"completion of up to {completion} do not fit {short} of "
+                f"{min(token_budget, context):.0f} tokens; raise it or leave the example out "
+                "(for sampled completions, lower sampling.max_new_tokens); nothing is truncated"
+            )
+
+
 class Shuffled(Generic[Item]):
     """An endless sequence of epochs, each shuffled by its own seed, read by position."""
 

@@ -43,18 +43,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("airl-fast: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
         if not _is_for_users(error):
             raise
         print(f"airl-fast: {error}", file=sys.stderr)
         return 2
 
 
-def _is_for_users(error: ValueError | OSError) -> bool:
+def _is_for_users(error: Exception) -> bool:
     """Whether an error is the machine's or the input's fault, and says so by itself.
 
-    Missing files, full disks and unreachable hubs are; so is a ValueError that this package
-    worded. One from elsewhere, or from an operator (which only this package calls here), is a bug.
+    Missing files, full disks and unreachable hubs are; so is what this package worded: a
+    ValueError, a gradient that is not finite, a damaged checkpoint. One from elsewhere, or from an
+    operator (which only this package calls here), is a bug.
     """
     if isinstance(error, OSError):
         return True

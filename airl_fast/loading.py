@@ -86,6 +86,12 @@ class LanguageModel(nn.Module):
         return next(self.model.parameters()).device
 
     @property
+    def context(self) -> float:
+        """Tokens that the model takes; infinite where its configuration does not say."""
+        limit = getattr(self.causal_lm.config.get_text_config(), "max_position_embeddings", None)
+        return float("inf") if limit is None else limit
+
+    @property
     def head(self) -> Head:
         """The head's parameters; reading them never copies or casts them."""
         linear = self.causal_lm.get_output_embeddings()
@@ -140,8 +146,9 @@ class LanguageModel(nn.Module):
             if parameter.requires_grad and marker in name
         }
 
-    def save(self, directory: Path) -> None:
+    def save(self, directory: str | Path) -> None:
         """Write weights (an adapter alone, where there is one) and tokenizer as safetensors."""
+        directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         if self.adapter is None:
             self.model.save_pretrained(directory)

@@ -90,10 +90,10 @@ class Policy(LanguageModel):
             )
         return cls(body.model, body.tokenizer, body.origin, body.adapter)
 
-    def save(self, directory: Path) -> None:
+    def save(self, directory: str | Path) -> None:
         """Write the policy so that ``from_pretrained`` (and transformers or PEFT) reads it."""
         super().save(directory)
-        write_metadata(directory, "policy", self.describe())
+        write_metadata(Path(directory), "policy", self.describe())
 
 
 class Discriminator(nn.Module):
@@ -159,7 +159,7 @@ class Discriminator(nn.Module):
                 ``policy``'s detached hidden states.
             model: hub name or folder of another base model (``own`` only).
             gguf_file: a GGUF file inside it.
-            lora_rank: rank of the adapter; 0 trains all weights.
+            lora_rank: rank of the adapter; 0 trains all weights (``own`` only).
             lora_alpha: LoRA's scale times its rank.
             **options: ``shaping_gamma``, ``span_logp``, ``kappa``, ``offset``.
 
@@ -168,10 +168,20 @@ class Discriminator(nn.Module):
                 cannot start as a copy of the policy (``copy_body``).
         """
         body: LanguageModel | None
+        if model is not None and trunk != "own":
+            raise ValueError(
+                f"trunk={trunk!r} uses the policy's model, received model={model!r}: leave it out, "
+                "or use trunk='own'"
+            )
         if trunk == "policy":
             body = None
         elif trunk == "shared":
-            body = add_adapter(policy, "discriminator", lora_rank or 16, lora_alpha)
+            if lora_rank < 1:
+                raise ValueError(
+                    f"trunk='shared' is two adapters over one frozen backbone, received lora_rank="
+                    f"{lora_rank}: give it a rank of 1 or more"
+                )
+            body = add_adapter(policy, "discriminator", lora_rank, lora_alpha)
         else:
             origin = Origin(model=model, gguf_file=gguf_file) if model else policy.origin
             body = load_language_model(
@@ -301,8 +311,14 @@ class Discriminator(nn.Module):
         names = ("kappa", "offset") if self.head_kind == "lm" else ("weight", "bias")
         return {f"head.{name}": getattr(self, name) for name in names}
 
-    def save(self, directory: Path, *, training: dict[str, Any] | None = None) -> None:
-        """Write the discriminator; ``training`` (granularity, form, task) is kept beside it."""
+    def save(self, directory: str | Path, *, training: dict[str, Any] | None = None) -> None:
+        """Write the discriminator and, for ``RewardScorer``, what it was trained for.
+
+        Args:
+            directory: where to; made if it does not exist.
+            training: the fields of ``scores.Trained``.
+        """
+        directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         if self.body is not None:
             self.body.save(directory)

@@ -88,10 +88,17 @@ class RunFolder:
         save_checkpoint(self._checkpoints, step, tensors, _jsonable(full), keep=keep)
 
     def _forget_after(self, step: int) -> None:
-        """Drop metrics of steps that are about to be run again."""
-        kept = [line for line in self.history() if line["step"] <= step]
+        """Drop metrics of steps that are about to be run again.
+
+        What follows the last line of a finished step may be half-written: it is not read.
+        """
+        kept = []
+        for line in self._metrics.read_text().splitlines(keepends=True):
+            if not line.endswith("\n") or json.loads(line)["step"] > step:
+                break
+            kept.append(line)
         partial = self._metrics.with_suffix(".tmp")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        partial.write_text("".join(kept))
         os.replace(partial, self._metrics)
 
     def _check_same(self, saved: dict[str, Any]) -> None:

@@ -167,7 +167,9 @@ class DiscriminatorConfig:
         description="what tells experts from policy: f - log pi, f alone, or a critic",
     )
     updates_per_step: _Int = Field(default=1, ge=1, description="updates per policy step")
-    warmup_updates: _Int = Field(default=30, ge=0, description="updates before the policy moves")
+    warmup_updates: _Int = Field(
+        default=30, ge=0, description="steps (of updates_per_step updates) before the policy moves"
+    )
     accuracy_throttle: _Float = Field(
         default=1.0, gt=0, le=1, description="skip updates while the running accuracy is above it"
     )
@@ -199,6 +201,11 @@ class DiscriminatorConfig:
             (
                 self.shaping and self.head == "lm",
                 f"{mine}shaping=true needs {mine}head=score: the lm head has no potential",
+            ),
+            (
+                not self.shaping and self.shaping_gamma != 1.0,
+                f"{mine}shaping_gamma={self.shaping_gamma} discounts a potential that is not "
+                f"there; set {mine}shaping=true, or remove it",
             ),
             (
                 self.head == "score" and (self.kappa, self.offset) != (1.0, 0.0),
@@ -282,7 +289,9 @@ class AlgorithmConfig:
         default="std", description="divide a group's advantages by their standard deviation"
     )
     advantage_level: Literal["span", "sequence"] = Field(
-        default="span", description="an advantage per span (reward to go) or per trace"
+        default="span",
+        description="a span's reward to go is compared with those of the group's spans at its "
+        "place, or with the returns of its whole traces (always so for grpo)",
     )
     advantage_clip: _Float | None = Field(
         default=None, gt=0, description="largest |advantage|, counted in the metrics; null: none"
@@ -306,11 +315,18 @@ class AlgorithmConfig:
 
     @model_validator(mode="after")
     def _check(self) -> "AlgorithmConfig":
-        if self.delta is not None and self.delta <= 1 + self.clip_high:
-            raise ValueError(
+        _refuse_if(
+            (
+                self.delta is not None and self.delta <= 1 + self.clip_high,
                 f"algorithm.delta={self.delta} is at or below 1 + algorithm.clip_high="
-                f"{1 + self.clip_high}; set it above, or null"
-            )
+                f"{1 + self.clip_high}; set it above, or null",
+            ),
+            (
+                self.frozen_discriminator and self.name != "airl",
+                f"algorithm.frozen_discriminator=true with algorithm.name={self.name}, which has "
+                "no discriminator; remove it, or set algorithm.name=airl",
+            ),
+        )
         return self
 
 
@@ -394,6 +410,7 @@ class RunConfig:
         task, policy, disc = self.task, self.policy, self.discriminator
         built_in = policy.model == "arithmetic-base"
         trains_on_groups = self.algorithm.name != "sft"
+        bare_prompts = self.sampling.prompts_per_step - self.shown_prompts
         demonstrations = task.demonstrations
         if demonstrations is None and task.name == "arithmetic":
             demonstrations = 600
@@ -458,12 +475,10 @@ class RunConfig:
                 f"sampling.prompts_per_step) to {demonstrations} or less",
             ),
             (
-                trains_on_groups
-                and demonstrations is not None
-                and self.sampling.prompts_per_step > demonstrations + task.unlabelled,
-                f"sampling.prompts_per_step={self.sampling.prompts_per_step} is more than the "
-                f"{(demonstrations or 0) + task.unlabelled} training prompts; lower it, or raise "
-                "task.demonstrations or task.unlabelled",
+                trains_on_groups and bare_prompts > task.unlabelled,
+                f"a step has {bare_prompts} prompts without a demonstration, and task.unlabelled="
+                f"{task.unlabelled}; raise it, lower sampling.prompts_per_step, or raise "
+                "sampling.demonstration_prompts",
             ),
         )
         return self

@@ -80,7 +80,7 @@ class RewardScorer:
         self.token_budget = token_budget
         self.tokenizer = body.tokenizer
         self._device = body.device
-        self._context = min(_context(model) for model in (body, policy or body))
+        self._context = min(model.context for model in (body, policy or body))
         vocabulary = body.head.weight.shape[0]
         self._encoder = PairEncoder(self.tokenizer, trained.boundary, vocabulary)
         self._rule = span_rule(
@@ -351,13 +351,6 @@ def _steps(
         )
         first += length
     return tuple(steps)
-
-
-def _context(model: LanguageModel) -> float:
-    """Tokens that a model takes; infinite where its configuration does not say."""
-    config = model.causal_lm.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)
-    return float("inf") if limit is None else limit
 
 
 def _reward_folder(directory: Path) -> Path:

@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 
 from airl_fast.advantages import token_advantages
-from airl_fast.batches import Problem, Shuffled, TraceMaker, derive_seed, encode
+from airl_fast.batches import (
+    Problem,
+    Shuffled,
+    TraceMaker,
+    check_lengths,
+    derive_seed,
+    encode,
+)
 from airl_fast.building import create_discriminator, load_policy
 from airl_fast.config import RunConfig
 from airl_fast.evaluation import auc
@@ -213,8 +220,13 @@ class Trainer:
     def _advantages(
         self, traces: Sequence[Trace], rewards: Tensor, metrics: Metrics
     ) -> list[Tensor]:
-        """The advantage of every action of every trace."""
+        """The advantage of every action of every trace.
+
+        An outcome is one number per trace: counting members that have ended as 0 at a later span
+        would hold a right but shorter answer against the longer ones, so it is compared whole.
+        """
         algorithm = self.config.algorithm
+        level = algorithm.advantage_level if self.discriminator is not None else "sequence"
         values = token_advantages(
             rewards,
             cu_spans=offsets([n for t in traces for n in t.span_lengths], rewards.device),
@@ -223,7 +235,7 @@ class Trainer:
             gamma=algorithm.gamma,
             baseline=algorithm.baseline,
             scale=algorithm.scale,
-            level=algorithm.advantage_level,
+            level=level,
         )
         if algorithm.advantage_clip is not None:
             clip = algorithm.advantage_clip
@@ -256,6 +268,12 @@ class Trainer:
         self.demonstrated = Shuffled(encode(self.task.train, tokenizer), seed, "demonstrated")
         self.unlabelled = Shuffled(encode(self.task.unlabelled, tokenizer), seed, "unlabelled")
         self.validation = encode(self.task.validation, tokenizer)
+        check_lengths(
+            [*self.demonstrated.items, *self.unlabelled.items, *self.validation],
+            max_new_tokens=config.sampling.max_new_tokens,
+            token_budget=config.run.token_budget,
+            context=self.policy.context,
+        )
         self.shown = config.shown_prompts
 
     def _prepare_learners(self) -> None:

@@ -5,7 +5,14 @@ from collections import Counter
 
 import pytest
 
-from airl_fast.batches import Replay, Shuffled, TraceMaker, derive_seed, encode
+from airl_fast.batches import (
+    Replay,
+    Shuffled,
+    TraceMaker,
+    check_lengths,
+    derive_seed,
+    encode,
+)
 from airl_fast.packing import Source, Trace
 from airl_fast.schema import TaskConfig
 from airl_fast.spans import span_rule
@@ -40,6 +47,19 @@ def test_seeds_differ_by_seed_purpose_and_position():
     assert len(seeds) == 5 * 3 * 50
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert derive_seed(3, "rollouts", 7) == derive_seed(3, "rollouts", 7)
+
+
+def test_traces_that_would_not_fit_are_refused_before_the_first_step(task, tokenizer):
+    problems = encode(task.train, tokenizer)
+    longest = max(len(p.prompt) + len(p.expert) for p in problems)
+    for budget, context in ((longest, float("inf")), (999, longest)):
+        check_lengths(problems, max_new_tokens=1, token_budget=budget, context=context)
+    with pytest.raises(
+        ValueError, match=r"'arithmetic-train-\d+': .* do not fit run\.token_budget"
+    ):
+        check_lengths(problems, max_new_tokens=1, token_budget=longest - 1, context=999)
+    with pytest.raises(ValueError, match="completion of up to 300 do not fit the model's context"):
+        check_lengths(problems, max_new_tokens=300, token_budget=999, context=256)
 
 
 def test_every_epoch_holds_every_item_once_in_an_order_of_its_own():

@@ -138,6 +138,16 @@ def test_train_says_what_is_wrong(arguments, message, tmp_path, capsys):
     assert "Traceback" not in err
 
 
+def test_a_damaged_checkpoint_and_a_divergence_are_no_bugs(tmp_path, capsys, monkeypatch):
+    (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
+    assert run("train", "arithmetic", f"run.output_dir={tmp_path}") == 2
+    assert "every checkpoint in" in capsys.readouterr().err
+
+    monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", lambda *_: float("nan"))
+    assert run("train", "arithmetic", f"run.output_dir={tmp_path / 'other'}") == 2
+    assert "lower the learning rate" in capsys.readouterr().err
+
+
 def test_score(scorer, tiny_run, tmp_path, capsys):  # noqa: F811
     ids = scorer.tokenizer(RIGHT).input_ids
     rows = (

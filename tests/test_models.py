@@ -278,6 +278,8 @@ def test_the_policys_trunk_gets_no_gradient_from_f(folder):
     [
         ({"head": "lm", "trunk": "policy"}, "use head='score'"),
         ({"head": "lm", "shaping_gamma": 0.9}, "shaping needs"),
+        ({"trunk": "shared"}, "received lora_rank=0: give it a rank of 1 or more"),
+        ({"trunk": "shared", "lora_rank": 2, "model": "other"}, "leave it out, or use trunk='own'"),
     ],
 )
 def test_contradictory_parts_are_refused(folder, options, message):

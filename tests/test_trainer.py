@@ -315,6 +315,34 @@ def test_advantages_are_the_oracles(reward, baseline, expert_in_group, tmp_path)
     assert len({t.group for t in traces}) == 4
 
 
+def test_an_outcome_is_compared_whole_whatever_the_spans(tmp_path, monkeypatch):
+    """GRPO: (outcome - mean) / std for every token, of short and long completions alike."""
+
+    def right(self, completion, example):  # of any outcome, as long as they differ
+        return sum(map(ord, completion)) % 2 == 0
+
+    monkeypatch.setattr("airl_fast.tasks.arithmetic.Arithmetic.is_correct", right)
+    config = make_config(
+        tmp_path,
+        "algorithm.name=grpo",
+        "algorithm.granularity=dense",
+        "sampling.group_size=6",
+        "sampling.temperature=1.5",
+    )
+    trainer, traces, advantages, _, _ = before_the_update(config)
+    assert len({len(t.completion) for t in traces}) > 1
+    decode = trainer.policy.tokenizer.decode
+    outcome = torch.tensor(
+        [right(None, decode(t.completion, skip_special_tokens=True), None) for t in traces]
+    ).double()
+    group = torch.tensor([t.group for t in traces])
+    assert any(0 < outcome[group == g].mean() < 1 for g in group.unique())
+    for i, mine in enumerate(advantages):
+        members = outcome[group == group[i]]
+        expected = (outcome[i] - members.mean()) / (members.std(correction=0) + 1e-6)
+        torch.testing.assert_close(mine.double(), expected.clamp(-5, 5).expand(len(mine)))
+
+
 def test_several_updates_share_the_log_probs_of_the_first(tmp_path):
     config = make_config(
         tmp_path, "algorithm.policy_updates=2", "policy.warmup_steps=0", "policy.learning_rate=1e-3"
@@ -514,6 +542,16 @@ def test_a_kill_within_a_step_is_no_different(tmp_path):
     trainer = Trainer(config)
     assert without_seconds(trainer.train()) == without_seconds(expected)
     assert_same(everything(whole), everything(trainer))
+
+
+def test_a_half_written_line_of_metrics_is_made_again(tmp_path):
+    expected = Trainer(make_config(tmp_path / "whole")).train()
+    config = make_config(tmp_path / "cut", "run.checkpoint_every=1")
+    with pytest.raises(StoppedError):
+        Trainer(config, on_step=stop_at(2)).train()
+    with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "pha')
+    assert without_seconds(Trainer(config).train()) == without_seconds(expected)
 
 
 def test_the_seed_decides_the_run(tmp_path):
