@@ -131,15 +131,26 @@ class TraceMaker:
         assert problem.expert is not None
         return self.trace(problem, problem.expert, Source.EXPERT, group)
 
+    def check_perturbable(self, examples: Sequence[Example]) -> None:
+        """Refuse, before the first step, a demonstration that cannot be made wrong.
+
+        Raises:
+            ValueError: no kind of perturbation changes it, naming the example.
+        """
+        for example in examples:
+            try:
+                self._wrong(example, 0)
+            except ValueError as error:
+                raise ValueError(f"example {example.id!r}: {error}") from None
+
+    def _wrong(self, example: Example, seed: int) -> str:
+        assert example.completion is not None
+        rng = random.Random(seed)
+        return perturb(self.task, example.completion, rng, kinds=self.perturbations)
+
     def perturbed(self, problem: Problem, group: int, seed: int) -> Trace:
         """The problem's demonstration made wrong."""
-        assert problem.example.completion is not None
-        text = perturb(
-            self.task,
-            problem.example.completion,
-            random.Random(seed),
-            kinds=self.perturbations,
-        )
+        text = self._wrong(problem.example, seed)
         completion = tuple(encode_completion(text, self.tokenizer))
         return self.trace(problem, completion, Source.PERTURBED, group)
 

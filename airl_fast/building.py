@@ -19,6 +19,7 @@ def load_policy(config: RunConfig) -> Policy:
         dtype=getattr(torch, policy.dtype),
         lora_rank=policy.lora_rank,
         lora_alpha=policy.lora_alpha,
+        device=config.run.device or ("cuda" if torch.cuda.is_available() else "cpu"),
     )
 
 

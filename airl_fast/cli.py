@@ -61,7 +61,8 @@ def _is_for_users(error: Exception) -> bool:
         return True
     *_, (frame, _line) = traceback.walk_tb(error.__traceback__)
     where = frame.f_globals.get("__name__", "")
-    return where.startswith("airl_fast.") and not where.startswith("airl_fast.ops.")
+    forced = where == "airl_fast.ops.dispatch"  # a backend that the user asked for and is not here
+    return forced or (where.startswith("airl_fast.") and not where.startswith("airl_fast.ops."))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -266,7 +267,7 @@ run's folder gets policy/, reward/, metrics.jsonl and config.yaml.
 
 examples:
   airl-fast train arithmetic run.output_dir=runs/first run.steps=20
-  airl-fast train my.yaml algorithm.granularity=sparse sampling.stop='["\\n\\n"]'
+  airl-fast train my.yaml algorithm.granularity=sparse 'policy.betas=[0.9, 0.95]'
 """
 _INPUTS = """\
 A prompt is a text, a list of messages or a list of token ids; so is a completion, which may also

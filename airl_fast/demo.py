@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from airl_fast.config import RunConfig, load_config
+from airl_fast.runs_progress import RunsProgress
 
 TEMPERATURES = (1.0, 0.7, 0.5, 0.3, 0.0)
 
@@ -43,6 +44,10 @@ class Measured:
     greedy: list[float]
     best: list[float]
     temperature: float  # chosen on validation
+
+
+# Accuracy of each way to rerank, hits of each way to locate, the chance of a hit, some traces
+Uses = tuple[dict[str, list[float]], dict[str, list[float]], float, list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,6 @@ def run_demo(output_dir: Path, settings: DemoSettings | None = None) -> Results:
         ValueError: the folder is not empty.
     """
     from airl_fast.demo_report import print_results, write_results
-    from airl_fast.runs_progress import RunsProgress
 
     settings = settings or DemoSettings()
     if output_dir.exists() and any(output_dir.iterdir()):
@@ -78,35 +82,13 @@ def run_demo(output_dir: Path, settings: DemoSettings | None = None) -> Results:
     output_dir.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     workers = min(2, cpu_count() or 1)
-    context = get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=_quiet) as pool, RunsProgress() as bars:
-        arms = [
-            bars.follow(f"SFT {rate:g}", config, pool.submit(_sft, config))
-            for rate, steps in settings.sft_arms
-            for config in [_sft_config(output_dir, settings, rate, steps)]
-        ]
-        base = bars.wait("base on the test problems", pool.submit(_measure, settings, _BASE))
-        start, sampled = _choose_sft(output_dir, [arm.result() for arm in arms])
-        jobs = {
-            name: bars.follow(name, config, pool.submit(_improve, settings, config))
-            for name in _METHODS
-            for config in [_method_config(output_dir, settings, name, start)]
-        }
-        jobs["SFT"] = bars.wait("SFT on the test problems", pool.submit(_measure, settings, start))
-        if sampled != start:
-            job = pool.submit(_measure, settings, sampled)
-            jobs[_SAMPLED] = bars.wait(f"{_SAMPLED}, on the test problems", job)
-        jobs["AIRL"].result()
-        for part in ("policy", "reward"):
-            shutil.copytree(output_dir / "airl" / part, output_dir / part)
-        uses = bars.wait(
-            "reranking and locating", pool.submit(_use_reward, settings, start, str(output_dir))
-        )
-        found = {"base": base.result(), **{name: job.result() for name, job in jobs.items()}}
-        methods = {
-            name: found[name] for name in ("base", "SFT", _SAMPLED, *_METHODS) if name in found
-        }
-        rerank, locate, chance, traces = uses.result()
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_quiet)
+    try:
+        with RunsProgress() as bars:
+            start, sampled, methods, uses = _run_jobs(pool, bars, output_dir, settings)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    rerank, locate, chance, traces = uses
     results = Results(
         settings={**asdict(settings), "workers": workers},
         methods=methods,
@@ -117,20 +99,45 @@ def run_demo(output_dir: Path, settings: DemoSettings | None = None) -> Results:
         traces=traces,
         seconds=time.perf_counter() - started,
     )
-    write_results(output_dir, results, {n: output_dir / f for n, f in _METHODS.items()})
+    curves = {name: output_dir / folder for name, (folder, *_) in _METHODS.items()}
+    write_results(output_dir, results, curves)
     print_results(results, output_dir)
     return results
+
+
+def _run_jobs(
+    pool: ProcessPoolExecutor, bars: RunsProgress, output_dir: Path, settings: DemoSettings
+) -> tuple[str, str, dict[str, Measured], Uses]:
+    """The two SFT checkpoints taken, every policy measured, and what the reward is good for."""
+    arms = [
+        bars.follow(f"SFT {rate:g}", config, pool.submit(_sft, config))
+        for rate, steps in settings.sft_arms
+        for config in [_sft_config(output_dir, settings, rate, steps)]
+    ]
+    jobs = {"base": bars.wait("base, measured", pool.submit(_measure, settings, _BASE))}
+    start, sampled = _choose_sft(output_dir, [arm.result() for arm in arms])
+    for name in _METHODS:
+        config = _method_config(output_dir, settings, name, start)
+        jobs[name] = bars.follow(name, config, pool.submit(_improve, settings, config))
+    for name, model in {"SFT": start, _SAMPLED: sampled}.items():
+        jobs[name] = bars.wait(f"{name}, measured", pool.submit(_measure, settings, model))
+    jobs["AIRL"].result()
+    for part in ("policy", "reward"):
+        shutil.copytree(output_dir / "airl" / part, output_dir / part)
+    job = pool.submit(_use_reward, settings, start, str(output_dir))
+    uses = bars.wait("reranking and locating", job)
+    order = ("base", "SFT", _SAMPLED, *_METHODS)
+    return start, sampled, {name: jobs[name].result() for name in order}, uses.result()
 
 
 # Jobs: each runs in a worker process on one thread
 
 _BASE = "arithmetic-base"
 _SAMPLED = "SFT chosen at T = 1"
-_METHODS = {"AIRL": "airl", "AIRL, f frozen": "frozen", "GRPO, true outcome": "grpo"}
-_VARIANTS = {
-    "AIRL": (),
-    "AIRL, f frozen": ("algorithm.frozen_discriminator=true",),
-    "GRPO, true outcome": ("algorithm.name=grpo",),
+_METHODS: dict[str, tuple[str, ...]] = {  # name: folder, and how it differs from the recipe
+    "AIRL": ("airl",),
+    "AIRL, f frozen": ("frozen", "algorithm.frozen_discriminator=true"),
+    "GRPO, true outcome": ("grpo", "algorithm.name=grpo"),
 }
 
 
@@ -161,8 +168,8 @@ def _sft_config(output_dir: Path, settings: DemoSettings, rate: float, steps: in
 
 
 def _method_config(output_dir: Path, settings: DemoSettings, name: str, start: str) -> RunConfig:
-    model = f"policy.model={start}"
-    return _config(output_dir / _METHODS[name], settings, model, *_VARIANTS[name])
+    folder, *variant = _METHODS[name]
+    return _config(output_dir / folder, settings, f"policy.model={start}", *variant)
 
 
 def _quiet() -> None:
@@ -262,9 +269,7 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _use_reward(
-    settings: DemoSettings, start: str, output_dir: str
-) -> tuple[dict[str, list[float]], dict[str, list[float]], float, list[dict[str, Any]]]:
+def _use_reward(settings: DemoSettings, start: str, output_dir: str) -> Uses:
     """Rerank the SFT's samples and locate planted errors, by f and by log pi alone."""
     from airl_fast.demo_reward import locate, rerank, show_traces
     from airl_fast.models import Discriminator, Policy

@@ -51,7 +51,6 @@ class DiscriminatorLearner:
         self.discriminator = discriminator
         self.policy = policy
         self.config = config.discriminator
-        self.temperature = config.sampling.temperature
         self.token_budget = config.run.token_budget
         self.replay = Replay(self.config.replay)
         self.accuracy = 0.5
@@ -67,18 +66,23 @@ class DiscriminatorLearner:
             clip_norm=self.config.clip_norm,
         )
 
-    def update(self, traces: Sequence[Trace]) -> Metrics:
-        """One step on these traces, skipped while the running accuracy is above the throttle."""
+    def update(self, traces: Sequence[Trace], logp: Sequence[Tensor]) -> Metrics:
+        """One step on these traces, skipped while the running accuracy is above the throttle.
+
+        Args:
+            traces: experts, and what they are told from.
+            logp: log pi of every action of every trace, under the policy as it is now.
+        """
         throttled = self.accuracy > self.config.accuracy_throttle
         with torch.set_grad_enabled(not throttled):
-            metrics = self._loss(traces)
+            metrics = self._loss(traces, logp)
         self.accuracy += 0.1 * (metrics["disc/accuracy"] - self.accuracy)
         metrics["disc/throttled"] = float(throttled)
         if not throttled:
             metrics["disc/grad_norm"] = self.optimiser.step()
         return metrics
 
-    def _loss(self, traces: Sequence[Trace]) -> Metrics:
+    def _loss(self, traces: Sequence[Trace], action_logp: Sequence[Tensor]) -> Metrics:
         """Each class weighs half, however many spans it has; a critic's means weigh one each."""
         spans = {True: 0, False: 0}
         for trace in traces:
@@ -86,12 +90,13 @@ class DiscriminatorLearner:
         whole = 1.0 if self.config.logit == "wgan" else 0.5
         total, floored = 0.0, 0.0
         right, energy = {True: 0.0, False: 0.0}, {True: 0.0, False: 0.0}
-        for _, batch in micro_batches(traces, self.token_budget, self.policy.device):
-            logp, hidden = self._span_logp(batch)
+        for indices, batch in micro_batches(traces, self.token_budget, self.policy.device):
+            logp = torch.cat([action_logp[i] for i in indices])
+            logp = combine_logp(logp, batch.cu_spans, self.config.span_logp)
             if self.config.logp_floor is not None:
                 floored += float((logp < self.config.logp_floor).sum())
                 logp = logp.clamp(min=self.config.logp_floor)
-            f = self.discriminator.f(batch, hidden)
+            f = self.discriminator.f(batch, self._policy_hidden(batch))
             is_expert = (batch.source == Source.EXPERT).repeat_interleave(batch.cu_seq_spans.diff())
             losses = []
             for label in (True, False):
@@ -126,10 +131,9 @@ class DiscriminatorLearner:
         }
 
     @torch.no_grad()
-    def _span_logp(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        hidden = self.policy.hidden(batch)
-        logp, _ = self.policy.logprob(hidden, batch, self.temperature)
-        return combine_logp(logp, batch.cu_spans, self.config.span_logp), hidden
+    def _policy_hidden(self, batch: PackedBatch) -> Tensor | None:
+        """What f is read from where the discriminator has no trunk of its own."""
+        return self.policy.hidden(batch) if self.discriminator.trunk == "policy" else None
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and JSON-able values for a checkpoint."""

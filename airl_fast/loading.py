@@ -30,7 +30,6 @@ class Origin:
 
     model: str
     gguf_file: str | None = None
-    revision: str | None = None
     trust_remote_code: bool = False
 
 
@@ -242,7 +241,6 @@ def load_language_model(
 
     path = resolve(origin.model)
     where = {
-        "revision": origin.revision,
         "trust_remote_code": origin.trust_remote_code,
         "gguf_file": origin.gguf_file,
     }

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from airl_fast.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from airl_fast.config import RunConfig, save_config
+from airl_fast.config import RunConfig, load_config, save_config
 
 # What may differ between a run and its continuation: nothing that the weights depend on, but for
 # the order in which another number of threads adds up.
@@ -54,6 +54,8 @@ class RunFolder:
         if latest is None:
             if resume == "must":
                 raise ValueError(f"{self.path} holds no checkpoint and run.resume=must")
+            if used and (self.path / "config.yaml").exists():
+                self._check_same(_jsonable(asdict(load_config(self.path / "config.yaml"))))
             self.path.mkdir(parents=True, exist_ok=True)
             save_config(self.config, self.path / "config.yaml")
             self._metrics.write_text("")

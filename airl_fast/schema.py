@@ -164,7 +164,8 @@ class DiscriminatorConfig:
     label_smoothing: _Float = Field(default=0.2, ge=0, lt=1, description="0.2: targets 0.9 and 0.1")
     logit: Literal["f-logp", "f", "wgan"] = Field(
         default="f-logp",
-        description="what tells experts from policy: f - log pi, f alone, or a critic",
+        description="what tells experts from policy: f - log pi, f alone, or a critic (whose f "
+        "nothing bounds but its learning rate)",
     )
     updates_per_step: _Int = Field(default=1, ge=1, description="updates per policy step")
     warmup_updates: _Int = Field(
@@ -174,7 +175,7 @@ class DiscriminatorConfig:
         default=1.0, gt=0, le=1, description="skip updates while the running accuracy is above it"
     )
     logp_floor: _Float | None = Field(
-        default=-50.0,
+        default=None,
         lt=0,
         description="lowest log pi of a span in the logit, counted in the metrics; null: none",
     )
@@ -278,8 +279,10 @@ class AlgorithmConfig:
         default="step", description="a reward per token, per interval, per step or per trace"
     )
     interval: _Int = Field(default=8, ge=1, description="tokens of an interval")
-    reward_clip: _Float = Field(
-        default=30.0, gt=0, description="largest |reward| of a span, counted in the metrics"
+    reward_clip: _Float | None = Field(
+        default=None,
+        gt=0,
+        description="largest |reward| of a span, counted in the metrics; null: none",
     )
     gamma: _Float = Field(default=1.0, ge=0, le=1, description="discount of the reward to go")
     baseline: Literal["mean", "leave_one_out"] = Field(
@@ -366,6 +369,9 @@ class RunSection:
     )
     eval_every: _Int = Field(default=10, ge=0, description="steps between evaluations; 0: none")
     eval_samples: _Int = Field(default=4, ge=1, description="samples of a validation problem")
+    device: str | None = Field(
+        default=None, min_length=1, description="null: the GPU where there is one, else the CPU"
+    )
     threads: _Int | None = Field(default=None, ge=1, description="CPU threads; null: torch's own")
 
 
@@ -424,6 +430,17 @@ class RunConfig:
                 built_in and policy.gguf_file is not None,
                 "policy.gguf_file with policy.model=arithmetic-base, which is safetensors; "
                 "remove policy.gguf_file",
+            ),
+            (
+                policy.dtype == "bfloat16" and policy.lora_rank == 0,
+                "policy.dtype=bfloat16 with policy.lora_rank=0 trains bfloat16 weights, which "
+                "round small updates away; set policy.lora_rank, or policy.dtype=float32",
+            ),
+            (
+                self.algorithm.name == "airl" and len(self.sampling.stop) > 0,
+                f"sampling.stop={list(self.sampling.stop)} with algorithm.name=airl: "
+                "demonstrations end with the end-of-text token and stopped samples do not, which is "
+                "all that f would learn; remove it, and let the model end its text",
             ),
             (
                 disc.trunk == "shared" and policy.lora_rank == 0,

@@ -100,9 +100,9 @@ class Trainer:
             else:
                 metrics = self._adversarial_step(self.step, phase)
             self.step += 1
+            metrics["seconds"] = time.perf_counter() - started
             self._evaluate(metrics)
-            seconds = time.perf_counter() - started
-            self._record({"step": self.step, "phase": phase, "seconds": seconds, **metrics})
+            self._record({"step": self.step, "phase": phase, **metrics})
         self.save()
         return self.folder.history()
 
@@ -112,7 +112,9 @@ class Trainer:
         problems = self.demonstrated.take(step * size, size)
         traces = [self.maker.expert(problem, i) for i, problem in enumerate(problems)]
         ones = [torch.ones(len(trace.completion), device=self.policy.device) for trace in traces]
-        return self.sft_learner.update(traces, ones)
+        metrics = self.sft_learner.update(traces, ones)
+        metrics["policy/loss"] = -metrics["policy/logp"]  # with advantage one the loss reads -1
+        return metrics
 
     def _adversarial_step(self, step: int, phase: str) -> Metrics:
         """Sample; update the discriminator; reward with the fresh f; update the policy."""
@@ -126,18 +128,24 @@ class Trainer:
             for i, rollout in enumerate(rollouts)
         ]
         metrics = summarise(rollouts)
+        experts = self._experts(problems)
+        everything = [*traces, *experts, *self._negatives(problems, traces, step)]
+        logp = self._logp(everything)
+        metrics["sampler_mismatch"] = largest_mismatch(rollouts, logp[: len(rollouts)])
 
         if self.disc_learner is not None:
-            contrast = self._contrast(problems, traces, step)
+            # Samples of prompts without a demonstration are left out: f would learn to tell the
+            # prompts apart.
+            seen = [i for i, trace in enumerate(everything) if trace.group < self.shown]
+            contrast, contrast_logp = [everything[i] for i in seen], [logp[i] for i in seen]
             for _ in range(self.config.discriminator.updates_per_step):
-                metrics |= self.disc_learner.update(contrast)
+                metrics |= self.disc_learner.update(contrast, contrast_logp)
         if phase == DISCRIMINATOR:
             return metrics
 
         if algorithm.expert_in_group:
-            traces += [self.maker.expert(p, i) for i, p in enumerate(problems) if p.expert]
-        logp = self._logp(traces)
-        metrics["sampler_mismatch"] = largest_mismatch(rollouts, logp[: len(rollouts)])
+            traces += experts
+        logp = logp[: len(traces)]
         rewards = self._rewards(problems, traces, logp, metrics)
         advantages = self._advantages(traces, rewards, metrics)
         old_logp = logp if algorithm.policy_updates > 1 else None
@@ -173,17 +181,20 @@ class Trainer:
             stop=sampling.stop,
         )
 
-    def _contrast(
+    def _experts(self, problems: Sequence[Problem]) -> list[Trace]:
+        """The demonstrations of this step's prompts, where anything learns from them."""
+        if self.disc_learner is None and not self.config.algorithm.expert_in_group:
+            return []
+        return [self.maker.expert(problems[i], i) for i in range(self.shown)]
+
+    def _negatives(
         self, problems: Sequence[Problem], traces: Sequence[Trace], step: int
     ) -> list[Trace]:
-        """Experts and policy samples of the same prompts, and experts made wrong.
-
-        Samples of other prompts are left out: f would learn to tell the prompts apart.
-        """
-        assert self.disc_learner is not None
+        """Samples of earlier steps, and demonstrations made wrong."""
+        if self.disc_learner is None:
+            return []
         config, replay = self.config.discriminator, self.disc_learner.replay
-        seed = derive_seed(self.config.run.seed, "contrast", step)
-        experts = [self.maker.expert(problems[i], i) for i in range(self.shown)]
+        seed = derive_seed(self.config.run.seed, "negatives", step)
         fresh = [trace for trace in traces if trace.group < self.shown]
         replayed = replay.draw(round(config.replay_fraction * len(fresh)), seed)
         replay.add(fresh)
@@ -191,7 +202,7 @@ class Trainer:
             self.maker.perturbed(problems[i % self.shown], i % self.shown, seed + i)
             for i in range(config.perturbed_per_update)
         ]
-        return [*experts, *fresh, *replayed, *perturbed]
+        return [*replayed, *perturbed]
 
     def _rewards(
         self,
@@ -211,11 +222,9 @@ class Trainer:
                 spans = offsets([n for t in traces for n in t.span_lengths], reward.device)
                 how = self.config.discriminator.span_logp
                 reward = reward - combine_logp(torch.cat(list(logp)), spans, how)
-        clip = self.config.algorithm.reward_clip
         metrics["reward/mean"] = float(reward.mean())
         metrics["reward/std"] = float(reward.std(correction=0))
-        metrics["reward/clipped"] = float((reward.abs() > clip).sum())
-        return reward.clamp(-clip, clip)
+        return _clipped(reward, self.config.algorithm.reward_clip, "reward/clipped", metrics)
 
     def _advantages(
         self, traces: Sequence[Trace], rewards: Tensor, metrics: Metrics
@@ -237,10 +246,7 @@ class Trainer:
             scale=algorithm.scale,
             level=level,
         )
-        if algorithm.advantage_clip is not None:
-            clip = algorithm.advantage_clip
-            metrics["advantage/clipped"] = float((values.abs() > clip).sum())
-            values = values.clamp(-clip, clip)
+        values = _clipped(values, algorithm.advantage_clip, "advantage/clipped", metrics)
         return list(values.split([len(t.completion) for t in traces]))
 
     def _logp(self, traces: Sequence[Trace]) -> list[Tensor]:
@@ -268,6 +274,8 @@ class Trainer:
         self.demonstrated = Shuffled(encode(self.task.train, tokenizer), seed, "demonstrated")
         self.unlabelled = Shuffled(encode(self.task.unlabelled, tokenizer), seed, "unlabelled")
         self.validation = encode(self.task.validation, tokenizer)
+        if config.algorithm.name == "airl" and config.discriminator.perturbed_per_update:
+            self.maker.check_perturbable(self.task.train)
         check_lengths(
             [*self.demonstrated.items, *self.unlabelled.items, *self.validation],
             max_new_tokens=config.sampling.max_new_tokens,
@@ -393,3 +401,11 @@ class Trainer:
                     "task": self.task.name,
                 },
             )
+
+
+def _clipped(values: Tensor, limit: float | None, name: str, metrics: Metrics) -> Tensor:
+    """The values within the limit, and in the metrics how many were outside it."""
+    if limit is None:
+        return values
+    metrics[name] = float((values.abs() > limit).sum())
+    return values.clamp(-limit, limit)

@@ -49,6 +49,14 @@ def test_seeds_differ_by_seed_purpose_and_position():
     assert derive_seed(3, "rollouts", 7) == derive_seed(3, "rollouts", 7)
 
 
+def test_a_demonstration_that_cannot_be_made_wrong_is_named(task, tokenizer):
+    maker = make_maker(task, tokenizer, perturbations=("swap",))
+    maker.check_perturbable(task.train)
+    one_step = Example(prompt="1+1=", completion="1+1=2;", id="single")
+    with pytest.raises(ValueError, match="'single': no perturbation among swap"):
+        maker.check_perturbable([*task.train, one_step])
+
+
 def test_traces_that_would_not_fit_are_refused_before_the_first_step(task, tokenizer):
     problems = encode(task.train, tokenizer)
     longest = max(len(p.prompt) + len(p.expert) for p in problems)

@@ -75,6 +75,7 @@ def test_every_value_round_trips(tmp_path):
     config = load_config(
         "arithmetic",
         [
+            "algorithm.name=grpo",
             "policy.betas=[0.8, 0.95]",
             "sampling.stop=[';', '\\n', 'ende: ü']",
             "discriminator.logp_floor=null",
@@ -135,6 +136,8 @@ def test_a_wrong_override_names_the_key_and_the_remedy(override, message):
 
 # Each case: overrides of the arithmetic recipe, and what the message has to name.
 CONTRADICTIONS = [
+    (["policy.dtype=bfloat16"], r"set policy\.lora_rank, or policy\.dtype=float32"),
+    (["sampling.stop=['x']"], r"sampling\.stop=\['x'\] with algorithm\.name=airl"),
     (["discriminator.trunk=shared"], r"discriminator\.lora_rank"),
     (["discriminator.trunk=shared", "discriminator.lora_rank=4"], r"policy\.lora_rank"),
     (["discriminator.trunk=policy"], r"set discriminator\.head=score"),
@@ -288,7 +291,7 @@ def test_description_lists_every_field():
     assert "run.output_dir (text; required)" in text
     assert "algorithm.granularity (one of dense, interval, step, sparse; default step)" in text
     assert "sampling.stop (list of texts; default [])" in text
-    assert "discriminator.logp_floor (number or null; default -50.0)" in text
+    assert "discriminator.logp_floor (number or null; default null)" in text
     assert "None" not in text
 
 

@@ -17,6 +17,7 @@ from airl_fast.loading import LanguageModel, Origin
 from airl_fast.models import Discriminator
 from airl_fast.optimisation import Optimiser
 from airl_fast.packing import Source, Trace, pack
+from airl_fast.passes import action_logp
 from tests import oracle
 from tests.tiny_models import VOCAB, tiny_model, tiny_tokenizer
 
@@ -201,7 +202,7 @@ def test_the_discriminators_update_is_the_oracles(head, logit, budget):
     )
     learner = DiscriminatorLearner(discriminator, policy, config)
     learner.optimiser = Spy(discriminator.trainable())
-    metrics = learner.update(TRACES)
+    metrics = learner.update(TRACES, logp_of(learner, TRACES, 0.8))
 
     if discriminator.body is not None:
         discriminator.body.model.set_attn_implementation("eager")
@@ -224,11 +225,15 @@ def test_no_floor_leaves_log_pi_alone():
         discriminator, policy, make_config("discriminator.logp_floor=null")
     )
     learner.optimiser = Spy(discriminator.trainable())
-    metrics = learner.update(TRACES)
+    metrics = learner.update(TRACES, logp_of(learner, TRACES))
     discriminator.body.model.set_attn_implementation("eager")
     loss, _ = expected_disc_loss(discriminator, policy, "airl")
     assert metrics["disc/loss"] == pytest.approx(loss.item(), rel=1e-4)
     assert metrics["disc/logp_floored"] == 0
+
+
+def logp_of(learner, traces, temperature=1.0):
+    return action_logp(learner.policy, traces, 4096, temperature)
 
 
 def state_of(discriminator):
@@ -247,7 +252,7 @@ def test_the_throttle_skips_updates_while_the_accuracy_is_above_it():
         learner.accuracy = running
         before = state_of(discriminator)
         optimiser_before = learner.optimiser.updates
-        metrics = learner.update(TRACES)
+        metrics = learner.update(TRACES, logp_of(learner, TRACES))
         changed = any(not torch.equal(p, before[n]) for n, p in discriminator.trainable().items())
         throttled.append(running > 0.6)
         assert metrics["disc/throttled"] == float(throttled[-1])
@@ -266,7 +271,8 @@ def test_one_class_alone_is_no_error():
     policy = make_policy()
     discriminator = make_discriminator("lm", policy)
     learner = DiscriminatorLearner(discriminator, policy, make_config())
-    metrics = learner.update([t for t in TRACES if t.source != Source.EXPERT])
+    traces = [t for t in TRACES if t.source != Source.EXPERT]
+    metrics = learner.update(traces, logp_of(learner, traces))
     assert metrics["disc/accuracy_expert"] == 0.0
     assert metrics["disc/loss"] > 0
 
@@ -276,7 +282,7 @@ def test_the_discriminators_state_comes_back():
     config = make_config("discriminator.replay=5", "discriminator.replay_fraction=0.5")
     learner = DiscriminatorLearner(make_discriminator("lm", policy), policy, config)
     learner.replay.add([t for t in TRACES if t.source == Source.POLICY])
-    learner.update(TRACES)
+    learner.update(TRACES, logp_of(learner, TRACES))
     tensors, state = learner.state()
     tensors = {n: t.clone() for n, t in tensors.items()}
     other = DiscriminatorLearner(make_discriminator("lm", policy), policy, config)
@@ -284,7 +290,9 @@ def test_the_discriminators_state_comes_back():
     assert other.accuracy == learner.accuracy
     assert other.replay.traces == learner.replay.traces
     for _ in range(2):
-        assert learner.update(TRACES) == other.update(TRACES)
+        assert learner.update(TRACES, logp_of(learner, TRACES)) == other.update(
+            TRACES, logp_of(other, TRACES)
+        )
     theirs = other.discriminator.trainable()
     assert all(torch.equal(p, theirs[n]) for n, p in learner.discriminator.trainable().items())
 

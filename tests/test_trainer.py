@@ -206,7 +206,8 @@ def test_the_discriminator_sees_pairs_and_the_policy_every_prompt(expert_in_grou
     demonstrated = {prompt_of(e): e for e in trainer.task.train}
     unlabelled = {prompt_of(e) for e in trainer.task.unlabelled}
     assert len(trainer.given["discriminator"]) == 1 + 3
-    for (traces,) in trainer.given["discriminator"]:
+    for traces, logp in trainer.given["discriminator"]:
+        assert [len(values) for values in logp] == [len(t.completion) for t in traces]
         by = {source: [t for t in traces if t.source == source] for source in Source}
         assert [len(by[s]) for s in (Source.EXPERT, Source.POLICY, Source.PERTURBED)] == [2, 4, 2]
         assert len(prompts_of(by[Source.EXPERT])) == 2
@@ -396,7 +397,7 @@ def test_replayed_traces_are_older_ones(tmp_path):
     trainer = Watched(config)
     trainer.train()
     seen = []
-    for i, (traces,) in enumerate(trainer.given["discriminator"]):
+    for i, (traces, _) in enumerate(trainer.given["discriminator"]):
         sampled = [t for t in traces if t.source == Source.POLICY]
         fresh, replayed = sampled[:4], sampled[4:]
         assert len(replayed) == (2 if i else 0)

@@ -18,13 +18,16 @@ def mean(values: list[float]) -> float:
 
 
 def main(folders: list[str]) -> None:
+    if len(folders) < 2:
+        sys.exit(f"{__doc__}\nexpected two or more folders, for a standard deviation")
     runs = [json.loads((Path(folder) / "metrics.json").read_text()) for folder in folders]
     print("| policy | pass@1, T = 1 | greedy | at its best T |\n| --- | --- | --- | --- |")
     for name in runs[0]["methods"]:
         having = [run["methods"][name] for run in runs if name in run["methods"]]
         columns = [cell([mean(m[key]) for m in having]) for key in ("sampled", "greedy", "best")]
         print(f"| {name} | {' | '.join(columns)} |")
-    print("\n| picking one of 16 samples of the SFT by | accuracy |\n| --- | --- |")
+    samples = runs[0]["settings"]["rerank_samples"]
+    print(f"\n| picking one of {samples} samples of the SFT by | accuracy |\n| --- | --- |")
     for name in runs[0]["rerank"]:
         print(f"| {name} | {cell([mean(run['rerank'][name]) for run in runs])} |")
     print("\n| lowest-scoring step is the planted error, by | accuracy |\n| --- | --- |")
