@@ -439,8 +439,8 @@ class RunConfig:
             (
                 self.algorithm.name == "airl" and len(self.sampling.stop) > 0,
                 f"sampling.stop={list(self.sampling.stop)} with algorithm.name=airl: "
-                "demonstrations end with the end-of-text token and stopped samples do not, which is "
-                "all that f would learn; remove it, and let the model end its text",
+                "demonstrations end with the end-of-text token and stopped samples do not, which "
+                "is all that f would learn; remove it, and let the model end its text",
             ),
             (
                 disc.trunk == "shared" and policy.lora_rank == 0,
