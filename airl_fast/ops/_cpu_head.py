@@ -1,0 +1,286 @@
+"""The head on a CPU: torch's matrix products into one buffer, and C++ kernels over its rows.
+
+N rows (actions), D hidden size, V vocabulary, R rows of a chunk, K rows that are not ignored.
+
+A chunk of logits ``[R, V]`` is written by the product, read once (log-sum-exp, target, entropy),
+overwritten by its own gradient, and read by the products that need that: csrc/rows.h.
+
+Memory: `chunk_rows` says how many rows a chunk has. The K rows are cut into chunks of equal size,
+so that the last one is not a sliver for which the products read the whole weight again.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from airl_fast import _C
+from airl_fast.ops import _head
+from airl_fast.ops._head import kept_rows
+from airl_fast.ops._policy_terms import ActionLoss, Actions, pieces
+
+_HUGE_PAGES = 4 * 2**20  # bytes from which a buffer asks for huge pages (of 2 MiB)
+
+
+def serves(*tensors: Tensor) -> str | None:
+    """Say why the C++ kernels cannot take this head, if they cannot."""
+    for tensor in tensors:
+        if tensor.device.type != "cpu":
+            return f"it takes tensors in CPU memory, not on {tensor.device}"
+        if tensor.dtype == torch.float64:
+            return "its logits are float32, and float64 inputs ask for float64"
+    return None
+
+
+def chunk_rows(vocab: int, width: int) -> int:
+    """Rows of a chunk: as many as fit in ``CHUNK_BYTES`` (128 MiB unless changed); at least 1.
+
+    A row costs its V logits, which become their gradient in place, and at most two rows of D
+    floats: its hidden state, where ignored rows lie between, and that one's gradient. This is all
+    the memory that the head takes beyond its results and a float32 copy of a half-precision
+    weight, at any N. At V = 49,152 and D = 576 a chunk has 667 rows, at 151,936 and 896 it has
+    218: the products run at full speed from some 200 rows on.
+    """
+    return max(1, _head.CHUNK_BYTES // (4 * (vocab + 2 * width)))
+
+
+def even_limit(count: int, limit: int) -> int:
+    """Rows of a chunk when ``count`` rows are cut into as few as ``limit`` allows, all alike."""
+    chunks = max(1, -(-count // limit))
+    return max(1, -(-count // chunks))
+
+
+def empty(*shape: int) -> Tensor:
+    """Uninitialised float32 on huge pages where it is large: a fault per 4 KiB costs more."""
+    tensor = torch.empty(shape)
+    if tensor.nbytes >= _HUGE_PAGES:
+        _C.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
+    return tensor
+
+
+class CPUHead:
+    """One chunk of the head at a time: log-probabilities, then, in place, the logits' gradient.
+
+    The formulas are those of `_head.ChunkedHead`. Results in the buffer live until the next chunk.
+
+    Args:
+        weight: ``[V, D]``.
+        bias: ``[V]`` or None.
+        temperature, softcap, logit_scale: as in `linear_logprob`.
+        rows: the most rows of a chunk.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        temperature: float,
+        softcap: float | None,
+        logit_scale: float,
+        *,
+        rows: int,
+    ) -> None:
+        self.weight = weight.float()
+        self.bias = None if bias is None else bias.float().contiguous()
+        slope = logit_scale / temperature
+        inner, outer = (logit_scale / softcap, softcap / temperature) if softcap else (slope, 0.0)
+        self._options = (0 if self.bias is None else self.bias.data_ptr(), inner, outer, slope)
+        self._threads = torch.get_num_threads()
+        self._logits = empty(rows, len(weight))
+        self._stats = torch.empty(rows, 3, dtype=torch.float64)  # RowStats of csrc/rows.h
+
+    def read(self, x: Tensor, targets: Tensor, logp: Tensor, entropy: Tensor | None) -> None:
+        """Fill ``logp [R]`` and ``entropy [R]`` from hidden states ``x [R, D]`` and ``targets``."""
+        torch.mm(x, self.weight.t(), out=self._logits[: len(x)])
+        _C.read_rows(
+            self._chunk(len(x)),
+            self._options,
+            targets.data_ptr(),
+            self._threads,
+            self._stats.data_ptr(),
+            logp.data_ptr(),
+            0 if entropy is None else entropy.data_ptr(),
+        )
+
+    def differentiate(
+        self, targets: Tensor, d_logp: Tensor | None, d_entropy: Tensor | None
+    ) -> Tensor:
+        """Overwrite the logits that were read last by their gradient ``[R, V]``, and return it.
+
+        Given the gradients ``[R]`` at logp and entropy; None stands for zero. With ``d_entropy``
+        the read must have asked for the entropy.
+        """
+        _C.differentiate_rows(
+            self._chunk(len(targets)),
+            self._options,
+            targets.data_ptr(),
+            self._threads,
+            self._stats.data_ptr(),
+            0 if d_logp is None else d_logp.data_ptr(),
+            0 if d_entropy is None else d_entropy.data_ptr(),
+        )
+        return self._logits[: len(targets)]
+
+    def _chunk(self, rows: int) -> tuple[int, int, int, int, int]:
+        vocab = self._logits.shape[1]
+        return self._logits.data_ptr(), vocab, rows, vocab, 0
+
+
+class Rows:
+    """The K rows of hidden that count, in float32: views where nothing is ignored, else copies."""
+
+    def __init__(self, hidden: Tensor, kept: Tensor) -> None:
+        self.hidden, self.kept = hidden, kept
+        self.everything = len(kept) == len(hidden)
+
+    def read(self, chunk: slice) -> Tensor:
+        """Hidden states ``[R, D]`` of a chunk of the kept rows, contiguous float32."""
+        x = self.hidden[chunk if self.everything else self.kept[chunk]]
+        return x.float().contiguous()
+
+
+class Gradients:
+    """Accumulates the gradients that are asked for; the others stay empty tensors ``[0]``."""
+
+    def __init__(self, head: CPUHead, rows: Rows, needs: Sequence[bool]) -> None:
+        self._head, self._rows = head, rows
+        need_hidden, need_weight, need_bias = needs
+        vocab, width = head.weight.shape
+        self.hidden = empty(len(rows.hidden), width) if need_hidden else torch.empty(0)
+        self.weight = empty(vocab, width) if need_weight else torch.empty(0)
+        self.bias = torch.zeros(vocab if need_bias else 0)
+        if not rows.everything:
+            self.hidden.zero_()
+        if len(rows.kept) == 0:
+            self.weight.zero_()
+        self._needs, self._first = needs, True
+
+    def add(self, chunk: slice, x: Tensor, logit_gradient: Tensor) -> None:
+        """Add a chunk of the kept rows: hidden states ``[R, D]`` and gradient ``[R, V]``."""
+        need_hidden, need_weight, need_bias = self._needs
+        if need_hidden and self._rows.everything:
+            torch.mm(logit_gradient, self._head.weight, out=self.hidden[chunk])
+        elif need_hidden:
+            self.hidden[self._rows.kept[chunk]] = logit_gradient @ self._head.weight
+        if need_weight and self._first:
+            torch.mm(logit_gradient.t(), x, out=self.weight)
+        elif need_weight:
+            self.weight.addmm_(logit_gradient.t(), x)
+        if need_bias:
+            self.bias.add_(logit_gradient.sum(0))
+        self._first = False
+
+
+def logprob_forward(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    return_entropy: bool,
+) -> tuple[Tensor, Tensor]:
+    """`linear_logprob`: one matrix product and one read of its result."""
+    kept = kept_rows(targets, ignore_index)
+    limit = even_limit(len(kept), chunk_rows(*weight.shape))
+    head = CPUHead(weight, bias, temperature, softcap, logit_scale, rows=limit)
+    rows, targets = Rows(hidden, kept), targets[kept]
+    logp = torch.empty(len(kept))
+    entropy = torch.empty(len(kept)) if return_entropy else None
+    for chunk in _chunks(len(kept), limit):
+        head.read(
+            rows.read(chunk),
+            targets[chunk],
+            logp[chunk],
+            None if entropy is None else entropy[chunk],
+        )
+    return (
+        _spread(logp, kept, len(hidden)),
+        torch.empty(0) if entropy is None else _spread(entropy, kept, len(hidden)),
+    )
+
+
+def logprob_backward(
+    d_logp: Tensor | None,
+    d_entropy: Tensor | None,
+    entropy: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `linear_logprob`: the logits again, and a product for each matrix."""
+    kept = kept_rows(targets, ignore_index)
+    limit = even_limit(len(kept), chunk_rows(*weight.shape))
+    head = CPUHead(weight, bias, temperature, softcap, logit_scale, rows=limit)
+    rows, targets = Rows(hidden, kept), targets[kept]
+    gradients = Gradients(head, rows, needs)
+    d_logp = None if d_logp is None else d_logp[kept].float()
+    d_entropy = None if d_entropy is None else d_entropy[kept].float()
+    logp, read_entropy = torch.empty(limit), None if d_entropy is None else torch.empty(limit)
+    for chunk in _chunks(len(kept), limit):
+        x = rows.read(chunk)
+        head.read(x, targets[chunk], logp, read_entropy)
+        d_logits = head.differentiate(
+            targets[chunk],
+            None if d_logp is None else d_logp[chunk],
+            None if d_entropy is None else d_entropy[chunk],
+        )
+        gradients.add(chunk, x, d_logits)
+    return gradients.hidden, gradients.weight, gradients.bias
+
+
+def policy_loss_sweep(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    head_options: tuple[float, float | None, float],
+    loss: ActionLoss,
+    actions: Actions,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Gradients]:
+    """Logp ``[K]``, entropy ``[K]`` and gradients of `linear_policy_loss`, in one sweep."""
+    most = chunk_rows(*weight.shape)
+    # Whole sequences pack best under the full limit; single rows can be cut into equal chunks.
+    limit = most if loss.per_sequence else even_limit(len(actions.rows), most)
+    limit = max(1, min(limit, len(actions.rows)))
+    head = CPUHead(weight, bias, *head_options, rows=limit)
+    rows = Rows(hidden, actions.rows)
+    gradients = Gradients(head, rows, needs)
+    logp, entropy = torch.empty(len(actions.rows)), torch.empty(len(actions.rows))
+    d_entropy = -loss.entropy_coef * actions.share if loss.entropy_coef else None
+    for piece in pieces(actions, limit, loss.per_sequence):
+        for chunk in piece:
+            x = rows.read(chunk)
+            head.read(x, actions.targets[chunk], logp[chunk], entropy[chunk])
+        if not any(needs):
+            continue
+        whole = slice(piece[0].start, piece[-1].stop)
+        d_logp = loss.terms(logp[whole], actions.part(whole)).d_logp
+        for chunk in piece:
+            if len(piece) > 1:  # the buffer holds the piece's last chunk only
+                x = rows.read(chunk)
+                head.read(x, actions.targets[chunk], logp[chunk], entropy[chunk])
+            d_logits = head.differentiate(
+                actions.targets[chunk],
+                d_logp[chunk.start - whole.start : chunk.stop - whole.start],
+                None if d_entropy is None else d_entropy[chunk],
+            )
+            gradients.add(chunk, x, d_logits)
+    return logp, entropy, gradients
+
+
+def _chunks(count: int, limit: int) -> Iterator[slice]:
+    return (slice(start, min(start + limit, count)) for start in range(0, count, limit))
+
+
+def _spread(values: Tensor, kept: Tensor, count: int) -> Tensor:
+    """Values ``[K]`` at the kept rows of ``[N]``, 0 elsewhere."""
+    return values if len(kept) == count else torch.zeros(count).index_copy_(0, kept, values)
