@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <tuple>
 
+#include "discriminator.h"
 #include "rows.h"
 #include "segments.h"
 
@@ -58,6 +59,32 @@ airl_fast::Chunk chunk_of(const Chunk& chunk) {
 
 airl_fast::RowStats* stats_at(std::uintptr_t address) {
   return reinterpret_cast<airl_fast::RowStats*>(address);
+}
+
+using Vector = std::tuple<std::uintptr_t, std::int64_t>;  // address or 0, stride in elements
+
+// (f, logp, weight), their item_size, is_expert, S, and the options; the last is wgan's.
+using Discriminator = std::tuple<Vector, Vector, Vector, std::int64_t, Vector, std::int64_t, bool,
+                                 double, double, bool>;
+
+template <typename T>
+airl_fast::Spans<T> spans_of(const Discriminator& all) {
+  const auto of = [](const Vector& v) { return view<T>(std::get<0>(v), std::get<1>(v)); };
+  const Vector& expert = std::get<4>(all);
+  return {of(std::get<0>(all)), of(std::get<1>(all)), of(std::get<2>(all)),
+          reinterpret_cast<const bool*>(std::get<0>(expert)), std::get<1>(expert),
+          std::get<5>(all)};
+}
+
+// Calls run(spans, options), for float32 or float64, without the interpreter lock.
+template <typename F>
+void with_spans(const Discriminator& all, F run) {
+  const std::int64_t size = std::get<3>(all);
+  if (size != 4 && size != 8) throw std::invalid_argument("item_size must be 4 or 8");
+  const airl_fast::DiscriminatorOptions options{std::get<6>(all), std::get<9>(all),
+                                                std::get<7>(all), std::get<8>(all)};
+  py::gil_scoped_release unlocked;
+  size == 4 ? run(spans_of<float>(all), options) : run(spans_of<double>(all), options);
 }
 
 const std::int64_t* targets_at(std::uintptr_t address) {
@@ -136,6 +163,25 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("chunk"), py::arg("head"), py::arg("targets"), py::arg("threads"), py::arg("stats"),
       py::arg("d_logp"), py::arg("d_entropy"));
+
+  m.def(
+      "discriminator_loss",
+      [](const Discriminator& spans, std::uintptr_t out) {
+        with_spans(spans, [=](const auto& values, const auto& options) {
+          airl_fast::discriminator_loss(values, options, reinterpret_cast<double*>(out));
+        });
+      },
+      py::arg("spans"), py::arg("out"));
+
+  m.def(
+      "discriminator_gradient",
+      [](const Discriminator& spans, double grad, std::uintptr_t out) {
+        with_spans(spans, [=](const auto& values, const auto& options) {
+          airl_fast::discriminator_gradient(values, options, grad,
+                                            reinterpret_cast<double*>(out));
+        });
+      },
+      py::arg("spans"), py::arg("grad"), py::arg("out"));
 
   m.def("vector_paths", &airl_fast::vector_paths);
   m.def("vector_path", &airl_fast::vector_path);
