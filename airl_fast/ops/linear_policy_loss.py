@@ -334,8 +334,18 @@ def _backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Any, ...]:
                     f"the gradient at {name} was not computed in the forward sweep: call "
                     "airl_fast.linear_policy_loss, and let it see what requires a gradient"
                 )
-            results[position] = (d_loss * gradient).to(dtype)
+            results[position] = _scaled(gradient, d_loss).to(dtype)
     return tuple(results)
+
+
+def _scaled(gradient: Tensor, d_loss: Tensor) -> Tensor:
+    """``d_loss * gradient``, without a second ``[V, D]`` where d_loss is 1, as it mostly is.
+
+    That is only looked at on a CPU, where it waits for nothing, and never while tracing.
+    """
+    if type(d_loss) is Tensor and d_loss.device.type == "cpu" and float(d_loss) == 1.0:
+        return gradient
+    return d_loss * gradient
 
 
 _linear_policy_loss.register_autograd(_backward, setup_context=_setup_context)

@@ -242,6 +242,20 @@ def test_backward_twice_and_without_gradients():
     assert not quiet.requires_grad
 
 
+def test_an_upstream_gradient_of_one_equals_any_other():
+    """It is passed on as it is, not multiplied: still a gradient of its own, compiled or not."""
+    tensors = inputs()
+    doubled = torch.autograd.grad(2 * linear_policy_loss(**tensors)[0], leaves(tensors))
+    loss, _ = linear_policy_loss(**tensors)
+    for _ in range(2):  # into .grad, which must not be what the graph still holds
+        loss.backward(retain_graph=True)
+    compiled = torch.compile(linear_policy_loss, fullgraph=True, backend="aot_eager")
+    traced = torch.autograd.grad(compiled(**tensors)[0], leaves(tensors))
+    for leaf, one, two in zip(leaves(tensors), traced, doubled, strict=True):
+        torch.testing.assert_close(leaf.grad, two)
+        torch.testing.assert_close(2 * one, two)
+
+
 def test_a_gradient_that_was_not_computed_is_never_taken_for_zero():
     t = inputs()
     fixed = (1.0, None, 1.0, 0.2, 0.2, None, 0.0, 0.0, "token", "token", 1.0)
