@@ -183,7 +183,10 @@ def _plot(
         ylabel="milliseconds" if what == "time" else "peak extra MiB, results included",
         title=f"{operator}: {what} against {letter} ({fixed})",
     )
-    axes.grid(alpha=0.3, which="both")
+    sizes = sorted({size for points in lines.values() for size in points})
+    axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axes.set_xticks([], minor=True)
+    axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     slug = "".join(c if c.isalnum() else "-" for c in operator).strip("-").replace("--", "-")
     name = f"{slug}-{what}-against-{letter}.png"

@@ -83,10 +83,10 @@ class Results:
 def all_cases(settings: Settings) -> Iterator[Case]:
     """Every case of a run, those of one shape together, built when asked for."""
     dtype, seed = getattr(torch, settings.dtype), settings.seed
+    yield from _segment_cases(settings)
     for shape in _QUICK_SHAPES if settings.quick else _SHAPES:
         for operator in filter(settings.wants, heads.OPERATORS):
             yield heads.head_case(operator, *shape, dtype, seed)
-    yield from _segment_cases(settings)
     if settings.wants(packing.OPERATOR):
         model = packing.TINY if settings.quick else packing.ModelShape()
         yield packing.packing_case(2, 8, model, seed)
