@@ -23,7 +23,14 @@ _Chunk = tuple[
 _Head = tuple[int, float, float, float]  # bias or 0, and inner, outer and slope as in csrc/rows.h
 
 def read_rows(
-    chunk: _Chunk, head: _Head, targets: int, threads: int, stats: int, logp: int, entropy: int
+    chunk: _Chunk,
+    head: _Head,
+    targets: int,
+    first: int,
+    threads: int,
+    stats: int,
+    logp: int,
+    entropy: int,
 ) -> None: ...
 def differentiate_rows(
     chunk: _Chunk, head: _Head, targets: int, threads: int, stats: int, d_logp: int, d_entropy: int

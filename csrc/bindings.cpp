@@ -142,15 +142,15 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "read_rows",
-      [](const Chunk& chunk, const Head& head, std::uintptr_t targets, int threads,
-         std::uintptr_t stats, std::uintptr_t logp, std::uintptr_t entropy) {
+      [](const Chunk& chunk, const Head& head, std::uintptr_t targets, std::int64_t first,
+         int threads, std::uintptr_t stats, std::uintptr_t logp, std::uintptr_t entropy) {
         const auto rows = chunk_of(chunk);
         py::gil_scoped_release unlocked;
-        airl_fast::read_rows(rows, head_of(head), targets_at(targets), threads, stats_at(stats),
-                             output(logp), output(entropy));
+        airl_fast::read_rows(rows, head_of(head), targets_at(targets), first, threads,
+                             stats_at(stats), output(logp), output(entropy));
       },
-      py::arg("chunk"), py::arg("head"), py::arg("targets"), py::arg("threads"), py::arg("stats"),
-      py::arg("logp"), py::arg("entropy"));
+      py::arg("chunk"), py::arg("head"), py::arg("targets"), py::arg("first"), py::arg("threads"),
+      py::arg("stats"), py::arg("logp"), py::arg("entropy"));
 
   m.def(
       "differentiate_rows",

@@ -53,12 +53,12 @@ std::int64_t rows_per_piece(const Chunk& chunk) { return 1 + 32768 / chunk.vocab
 
 }  // namespace
 
-void read_rows(const Chunk& chunk, const Head& head, const std::int64_t* targets, int threads,
-               RowStats* stats, float* logp, float* entropy) {
+void read_rows(const Chunk& chunk, const Head& head, const std::int64_t* targets,
+               std::int64_t first, int threads, RowStats* stats, float* logp, float* entropy) {
   const auto kernel = kernels().read[static_cast<int>(chunk.element)];
   share(chunk.rows, rows_per_piece(chunk), threads, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t r = begin; r < end; ++r) {
-      kernel(chunk, head, r, targets[r], stats + r, logp + r,
+      kernel(chunk, head, r, targets[r] - first, first == 0, stats + r, logp + r,
              entropy == nullptr ? nullptr : entropy + r);
     }
   });

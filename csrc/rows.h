@@ -23,23 +23,26 @@ struct Chunk {
 };
 
 struct Head {
-  const float* bias;   // [V] or null
+  const float* bias;   // [V] or null; of the chunk's columns
   float inner;         // scale / cap; without a cap scale / t
   float outer;         // cap / t; 0 stands for no cap
   float slope;         // scale / t: dz / da where tanh is 0
 };
 
-// What one read of a row leaves behind. Sums are kept in double: 150,000 terms lose nothing.
+// What reading a row leaves behind. Sums are kept in double: 150,000 terms lose nothing.
 struct RowStats {
   double largest;  // m = max z
   double sum;      // s = sum of exp(z - m), at least 1
-  double gap;      // sum of p (m - z); only with entropy
+  double gap;      // sum of exp(z - m) (m - z); only with entropy
+  double target;   // z of the target
 };
 
-// logp [R], entropy [R] or null: log p = (z_target - m) - log s, H = log s + gap. Both keep their
-// signs exactly, and stay precise for logits of 1e4, where m + log s would lose 1e-3.
-void read_rows(const Chunk& chunk, const Head& head, const std::int64_t* targets, int threads,
-               RowStats* stats, float* logp, float* entropy);
+// logp [R], entropy [R] or null: log p = (z_target - m) - log s, H = log s + gap / s. Both keep
+// their signs exactly, and stay precise for logits of 1e4, where m + log s would lose 1e-3.
+// A chunk may hold the columns from `first` on: where that is above 0, stats are carried on from
+// the columns before, and logp and entropy are right once the last column has been read.
+void read_rows(const Chunk& chunk, const Head& head, const std::int64_t* targets,
+               std::int64_t first, int threads, RowStats* stats, float* logp, float* entropy);
 
 // Overwrites a by slope dz/da ( d_logp (1[k = target] - p_k) - d_entropy p_k (log p_k + H) ).
 // d_logp and d_entropy are [R] or null for zero; with d_entropy the stats need their gap.

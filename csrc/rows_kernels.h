@@ -16,7 +16,7 @@ namespace airl_fast {
 
 struct RowKernels {
   using Read = void (*)(const Chunk&, const Head&, std::int64_t row, std::int64_t target,
-                        RowStats* stats, float* logp, float* entropy);
+                        bool fresh, RowStats* stats, float* logp, float* entropy);
   using Differentiate = void (*)(const Chunk&, const Head&, std::int64_t row, std::int64_t target,
                                  const RowStats& stats, double d_logp, double d_entropy);
   Read read[3];  // by Element
@@ -154,18 +154,20 @@ inline void accumulate(const float* z, std::int64_t count, float m, double* sum,
   if (kGap) *gap += V::sum(V::add(g0, g1));
 }
 
+// target is a column of this chunk, or lies outside of it; fresh: stats holds nothing yet.
 template <class V, class T, bool kGap>
 inline void read_row(const Chunk& chunk, const Head& head, std::int64_t row, std::int64_t target,
-                     RowStats* stats, float* logp, float* entropy) {
+                     bool fresh, RowStats* stats, float* logp, float* entropy) {
   const T* a = static_cast<const T*>(chunk.logits) + row * chunk.row_stride;
   alignas(64) float z[kBlock];
-  double sum = 0.0, gap = 0.0, target_z = 0.0;
-  float largest = -HUGE_VALF;
+  if (fresh) *stats = {-HUGE_VAL, 0.0, 0.0, 0.0};
+  double sum = stats->sum, gap = stats->gap, target_z = stats->target;
+  float largest = static_cast<float>(stats->largest);
   for (std::int64_t start = 0; start < chunk.vocab; start += kBlock) {
     const std::int64_t left = chunk.vocab - start, count = left < kBlock ? left : kBlock;
     shape<V>(a + start, head.bias ? head.bias + start : nullptr, count, head, z, nullptr);
     const float m = largest_of<V>(z, count);
-    if (start == 0) {
+    if (fresh && start == 0) {
       largest = m;
     } else if (m > largest) {  // what was summed so far was relative to a smaller maximum
       const double rise = static_cast<double>(m) - largest, shrink = std::exp(-rise);
@@ -178,20 +180,20 @@ inline void read_row(const Chunk& chunk, const Head& head, std::int64_t row, std
     if (target >= start && target < start + count) target_z = z[target - start];
   }
   const double log_sum = std::log(sum);
-  *stats = {largest, sum, gap / sum};
+  *stats = {largest, sum, gap, target_z};
   *logp = static_cast<float>((target_z - largest) - log_sum);
   if (kGap) *entropy = static_cast<float>(log_sum + gap / sum);
 }
 
 template <class V, class T>
 void read(const Chunk& chunk, const Head& head, std::int64_t row, std::int64_t target,
-          RowStats* stats, float* logp, float* entropy) {
-  (entropy == nullptr ? read_row<V, T, false> : read_row<V, T, true>)(chunk, head, row, target,
-                                                                      stats, logp, entropy);
+          bool fresh, RowStats* stats, float* logp, float* entropy) {
+  const auto kernel = entropy == nullptr ? read_row<V, T, false> : read_row<V, T, true>;
+  kernel(chunk, head, row, target, fresh, stats, logp, entropy);
 }
 
-// With x = z - m, p = exp(x) / s and log p + H = x + gap, the gradient at z is
-// exp(x) (c0 + c1 x), c0 = -(d_logp + d_entropy gap) / s, c1 = -d_entropy / s; at the target + d_logp.
+// With x = z - m, p = exp(x) / s and g = gap / s, log p + H = x + g, and the gradient at z is
+// -exp(x) (d_logp + d_entropy (x + g)) / s, at the target d_logp more.
 template <class V, class T>
 void differentiate(const Chunk& chunk, const Head& head, std::int64_t row, std::int64_t target,
                    const RowStats& stats, double d_logp, double d_entropy) {
@@ -202,7 +204,8 @@ void differentiate(const Chunk& chunk, const Head& head, std::int64_t row, std::
   const auto top = V::set(static_cast<float>(stats.largest));
   const auto c0 = V::set(static_cast<float>(-scale * d_logp));
   const auto c1 = V::set(static_cast<float>(-scale * d_entropy));
-  const auto gap = V::set(static_cast<float>(stats.gap));
+  const double mean_gap = stats.gap / stats.sum;  // of m - z; log p + H = z - m + mean_gap
+  const auto gap = V::set(static_cast<float>(mean_gap));
   for (std::int64_t start = 0; start < chunk.vocab; start += kBlock) {
     const std::int64_t left = chunk.vocab - start, count = left < kBlock ? left : kBlock;
     shape<V>(a + start, head.bias ? head.bias + start : nullptr, count, head, z, slope);
@@ -221,7 +224,7 @@ void differentiate(const Chunk& chunk, const Head& head, std::int64_t row, std::
       // Computed apart, in double, and stored once: 1 - p loses digits in float where p nears 1.
       const double x = static_cast<double>(z[at]) - stats.largest;
       const double p = std::exp(x) / stats.sum;
-      const double g = d_logp * (1.0 - p) - d_entropy * p * (x + stats.gap);
+      const double g = d_logp * (1.0 - p) - d_entropy * p * (x + mean_gap);
       narrow(static_cast<float>(head.slope * g * (capped ? slope[at] : 1.0f)), a + target);
     }
   }

@@ -2,11 +2,11 @@
 
 N rows (actions), D hidden size, V vocabulary, R rows of a chunk, K rows that are not ignored.
 
-A chunk of logits ``[R, V]`` is written by the product, read once (log-sum-exp, target, entropy),
-overwritten by its own gradient, and read by the products that need that: csrc/rows.h.
-
-Memory: `chunk_rows` says how many rows a chunk has. The K rows are cut into chunks of equal size,
-so that the last one is not a sliver for which the products read the whole weight again.
+Without gradients, a tile ``[R, C]`` of the logits is written by the product and read once
+(log-sum-exp, target, entropy: csrc/rows.h) before it has left the cache; `tile_shape` has the rule.
+For gradients a chunk ``[R, V]`` has to be there whole: it is written, read once, overwritten by its
+own gradient, and read by the products that need that; `chunk_rows` has the rule. Chunks are of
+equal size, so that the last is not a sliver for which the products read the whole weight again.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,16 +32,29 @@ def serves(*tensors: Tensor) -> str | None:
     return None
 
 
-def chunk_rows(vocab: int, width: int) -> int:
+def chunk_rows(vocab: int, copied: int) -> int:
     """Rows of a chunk: as many as fit in ``CHUNK_BYTES`` (128 MiB unless changed); at least 1.
 
-    A row costs its V logits, which become their gradient in place, and at most two rows of D
-    floats: its hidden state, where ignored rows lie between, and that one's gradient. This is all
-    the memory that the head takes beyond its results and a float32 copy of a half-precision
-    weight, at any N. At V = 49,152 and D = 576 a chunk has 667 rows, at 151,936 and 896 it has
-    218: the products run at full speed from some 200 rows on.
+    A row costs its V logits, which become their gradient in place, and ``copied`` floats: its
+    hidden state and that one's gradient, where ignored rows or half precision make copies of them,
+    else nothing. This is all the memory that the head takes beyond its results and a float32 copy
+    of a half-precision weight, at any N. At V = 49,152 a chunk has 682 rows, at 151,936 it has
+    220. More is better: every chunk reads the whole weight again, and its gradient too.
     """
-    return max(1, _head.CHUNK_BYTES // (4 * (vocab + 2 * width)))
+    return max(1, _head.CHUNK_BYTES // (4 * (vocab + copied)))
+
+
+def tile_shape(count: int, vocab: int, width: int) -> tuple[int, int]:
+    """Rows and columns of a tile of logits that are only read, never differentiated.
+
+    A quarter of ``CHUNK_BYTES`` (32 MiB unless changed) is the most for each of the tile, its
+    hidden states (copied if rows are ignored) and its rows of the weight (copied if they are in
+    half precision): 96 MiB at any N. All rows come first, up to 4,096: then the weight, which is
+    the largest thing to read, is read once.
+    """
+    floats = max(1, _head.CHUNK_BYTES // 16)
+    rows = even_limit(count, max(1, min(4096, floats // width, floats)))
+    return rows, max(1, min(vocab, floats // rows, floats // width))
 
 
 def even_limit(count: int, limit: int) -> int:
@@ -67,7 +80,7 @@ class CPUHead:
         weight: ``[V, D]``.
         bias: ``[V]`` or None.
         temperature, softcap, logit_scale: as in `linear_logprob`.
-        rows: the most rows of a chunk.
+        rows, columns: of the largest chunk.
     """
 
     def __init__(
@@ -79,23 +92,39 @@ class CPUHead:
         logit_scale: float,
         *,
         rows: int,
+        columns: int,
     ) -> None:
-        self.weight = weight.float()
+        self.weight = weight
         self.bias = None if bias is None else bias.float().contiguous()
         slope = logit_scale / temperature
         inner, outer = (logit_scale / softcap, softcap / temperature) if softcap else (slope, 0.0)
-        self._options = (0 if self.bias is None else self.bias.data_ptr(), inner, outer, slope)
+        self._options = (inner, outer, slope)
         self._threads = torch.get_num_threads()
-        self._logits = empty(rows, len(weight))
-        self._stats = torch.empty(rows, 3, dtype=torch.float64)  # RowStats of csrc/rows.h
+        self._buffer = empty(rows * columns)
+        self._stats = torch.empty(rows, 4, dtype=torch.float64)  # RowStats of csrc/rows.h
 
-    def read(self, x: Tensor, targets: Tensor, logp: Tensor, entropy: Tensor | None) -> None:
-        """Fill ``logp [R]`` and ``entropy [R]`` from hidden states ``x [R, D]`` and ``targets``."""
-        torch.mm(x, self.weight.t(), out=self._logits[: len(x)])
+    def read(
+        self,
+        x: Tensor,
+        targets: Tensor,
+        logp: Tensor,
+        entropy: Tensor | None,
+        first: int = 0,
+        stop: int | None = None,
+    ) -> None:
+        """Fill ``logp [R]`` and ``entropy [R]`` from hidden states ``x [R, D]`` and ``targets``.
+
+        Of the columns from ``first`` to ``stop``; where first is above 0, these are the ones that
+        follow those read last. The results are right once all columns have been read.
+        """
+        part = self.weight[first:stop].float()
+        logits = self._logits(len(x), len(part))
+        torch.mm(x, part.t(), out=logits)
         _C.read_rows(
-            self._chunk(len(x)),
-            self._options,
+            self._chunk(logits),
+            (self._bias(first), *self._options),
             targets.data_ptr(),
+            first,
             self._threads,
             self._stats.data_ptr(),
             logp.data_ptr(),
@@ -110,20 +139,28 @@ class CPUHead:
         Given the gradients ``[R]`` at logp and entropy; None stands for zero. With ``d_entropy``
         the read must have asked for the entropy.
         """
+        logits = self._logits(len(targets), len(self.weight))
         _C.differentiate_rows(
-            self._chunk(len(targets)),
-            self._options,
+            self._chunk(logits),
+            (self._bias(0), *self._options),
             targets.data_ptr(),
             self._threads,
             self._stats.data_ptr(),
             0 if d_logp is None else d_logp.data_ptr(),
             0 if d_entropy is None else d_entropy.data_ptr(),
         )
-        return self._logits[: len(targets)]
+        return logits
 
-    def _chunk(self, rows: int) -> tuple[int, int, int, int, int]:
-        vocab = self._logits.shape[1]
-        return self._logits.data_ptr(), vocab, rows, vocab, 0
+    def _logits(self, rows: int, columns: int) -> Tensor:
+        return self._buffer[: rows * columns].view(rows, columns)
+
+    def _bias(self, first: int) -> int:
+        return 0 if self.bias is None else self.bias[first:].data_ptr()
+
+    @staticmethod
+    def _chunk(logits: Tensor) -> tuple[int, int, int, int, int]:
+        rows, columns = logits.shape
+        return logits.data_ptr(), columns, rows, columns, 0
 
 
 class Rows:
@@ -132,6 +169,9 @@ class Rows:
     def __init__(self, hidden: Tensor, kept: Tensor) -> None:
         self.hidden, self.kept = hidden, kept
         self.everything = len(kept) == len(hidden)
+        # Floats of a row's hidden state and of its gradient, where they are copies.
+        in_place = self.everything and hidden.dtype == torch.float32 and hidden.is_contiguous()
+        self.copied = 0 if in_place else 2 * hidden.shape[1]
 
     def read(self, chunk: slice) -> Tensor:
         """Hidden states ``[R, D]`` of a chunk of the kept rows, contiguous float32."""
@@ -184,18 +224,16 @@ def logprob_forward(
 ) -> tuple[Tensor, Tensor]:
     """`linear_logprob`: one matrix product and one read of its result."""
     kept = kept_rows(targets, ignore_index)
-    limit = even_limit(len(kept), chunk_rows(*weight.shape))
-    head = CPUHead(weight, bias, temperature, softcap, logit_scale, rows=limit)
+    limit, columns = tile_shape(len(kept), *weight.shape)
+    head = CPUHead(weight, bias, temperature, softcap, logit_scale, rows=limit, columns=columns)
     rows, targets = Rows(hidden, kept), targets[kept]
     logp = torch.empty(len(kept))
     entropy = torch.empty(len(kept)) if return_entropy else None
     for chunk in _chunks(len(kept), limit):
-        head.read(
-            rows.read(chunk),
-            targets[chunk],
-            logp[chunk],
-            None if entropy is None else entropy[chunk],
-        )
+        x = rows.read(chunk)
+        results = logp[chunk], None if entropy is None else entropy[chunk]
+        for first in range(0, len(weight), columns):
+            head.read(x, targets[chunk], *results, first, first + columns)
     return (
         _spread(logp, kept, len(hidden)),
         torch.empty(0) if entropy is None else _spread(entropy, kept, len(hidden)),
@@ -218,9 +256,9 @@ def logprob_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `linear_logprob`: the logits again, and a product for each matrix."""
     kept = kept_rows(targets, ignore_index)
-    limit = even_limit(len(kept), chunk_rows(*weight.shape))
-    head = CPUHead(weight, bias, temperature, softcap, logit_scale, rows=limit)
-    rows, targets = Rows(hidden, kept), targets[kept]
+    rows, targets, weight = Rows(hidden, kept), targets[kept], weight.float()
+    limit, vocab = even_limit(len(kept), chunk_rows(len(weight), rows.copied)), len(weight)
+    head = CPUHead(weight, bias, temperature, softcap, logit_scale, rows=limit, columns=vocab)
     gradients = Gradients(head, rows, needs)
     d_logp = None if d_logp is None else d_logp[kept].float()
     d_entropy = None if d_entropy is None else d_entropy[kept].float()
@@ -247,12 +285,12 @@ def policy_loss_sweep(
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Gradients]:
     """Logp ``[K]``, entropy ``[K]`` and gradients of `linear_policy_loss`, in one sweep."""
-    most = chunk_rows(*weight.shape)
+    rows, weight = Rows(hidden, actions.rows), weight.float()
+    most = chunk_rows(len(weight), rows.copied)
     # Whole sequences pack best under the full limit; single rows can be cut into equal chunks.
     limit = most if loss.per_sequence else even_limit(len(actions.rows), most)
     limit = max(1, min(limit, len(actions.rows)))
-    head = CPUHead(weight, bias, *head_options, rows=limit)
-    rows = Rows(hidden, actions.rows)
+    head = CPUHead(weight, bias, *head_options, rows=limit, columns=len(weight))
     gradients = Gradients(head, rows, needs)
     logp, entropy = torch.empty(len(actions.rows)), torch.empty(len(actions.rows))
     d_entropy = -loss.entropy_coef * actions.share if loss.entropy_coef else None

@@ -27,9 +27,10 @@ bool rows(std::int64_t rows, std::int64_t vocab, std::int64_t gap, airl_fast::El
   std::vector<float> logp(count), entropy(count), upstream(count, 0.5f);
   const airl_fast::Chunk chunk{logits.data(), stride, rows, vocab, element};
   const airl_fast::Head head{biased ? bias.data() : nullptr, 0.7f, capped ? 9.0f : 0.0f, 0.7f};
-  airl_fast::read_rows(chunk, head, targets.data(), threads, stats.data(), logp.data(), nullptr);
-  airl_fast::read_rows(chunk, head, targets.data(), threads, stats.data(), logp.data(),
-                       entropy.data());
+  for (float* wanted : {static_cast<float*>(nullptr), entropy.data()}) {
+    airl_fast::read_rows(chunk, head, targets.data(), 0, threads, stats.data(), logp.data(),
+                         wanted);
+  }
   airl_fast::differentiate_rows(chunk, head, targets.data(), threads, stats.data(),
                                 upstream.data(), upstream.data());
   bool sound = true;

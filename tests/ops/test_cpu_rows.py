@@ -26,13 +26,13 @@ def path(request):
     _C.use_vector_path(best)
 
 
-def read(a, targets, bias=None, entropy=True, threads=1, **head):
+def read(a, targets, bias=None, entropy=True, threads=1, columns=None, **head):
     """logp and entropy by the kernel, and what it needs to be differentiated."""
     temperature, softcap, scale = (
         head.get(name, default)
         for name, default in (("temperature", 1.0), ("softcap", None), ("logit_scale", 1.0))
     )
-    stats, logp = torch.full((len(a), 3), math.nan).double(), torch.full((len(a),), math.nan)
+    stats, logp = torch.full((len(a), 4), math.nan).double(), torch.full((len(a),), math.nan)
     h = torch.full((len(a),), math.nan)
     options = (
         0 if bias is None else bias.data_ptr(),
@@ -41,9 +41,14 @@ def read(a, targets, bias=None, entropy=True, threads=1, **head):
         scale / temperature,
     )
     chunk = (a.data_ptr(), a.stride(0), len(a), a.shape[1], ELEMENTS[a.dtype])
-    tail = (targets.data_ptr(), threads, stats.data_ptr())
-    _C.read_rows(chunk, options, *tail, logp.data_ptr(), h.data_ptr() if entropy else 0)
-    return logp, h, (chunk, options, *tail), stats
+    at = targets.data_ptr()
+    results = (stats.data_ptr(), logp.data_ptr(), h.data_ptr() if entropy else 0)
+    for first in range(0, a.shape[1], columns or a.shape[1]):
+        part = a[:, first:][:, :columns]
+        piece = (part.data_ptr(), a.stride(0), len(a), part.shape[1], ELEMENTS[a.dtype])
+        ahead = options[0] and options[0] + 4 * first
+        _C.read_rows(piece, (ahead, *options[1:]), at, first, threads, *results)
+    return logp, h, (chunk, options, at, threads, stats.data_ptr()), stats
 
 
 def exact(a, targets, bias, **head):
@@ -81,6 +86,15 @@ def test_values_and_gradients_match_the_oracle(vocab, head, magnitude, dtype, pa
     rounding = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps
     torch.testing.assert_close(a.double(), gradient, rtol=rounding, atol=4 * tolerance)
     assert torch.equal(a.as_strided((len(a), 3), a.stride(), vocab)[:-1], beyond)
+
+
+@pytest.mark.parametrize("columns", [1, 700, 2048, 4999])
+@pytest.mark.parametrize("head", HEADS, ids=["plain", "all"])
+def test_columns_read_one_part_after_the_other(head, columns, path):
+    a, bias, targets, _ = inputs(5000, rows=3)
+    truth = exact(a, targets, bias, **head)
+    for got, expected in zip(read(a, targets, bias, columns=columns, **head), truth, strict=False):
+        torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_the_log_probability_does_not_depend_on_the_entropy_nor_on_threads(path):

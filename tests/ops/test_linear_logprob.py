@@ -307,9 +307,14 @@ def memory(run):
 
 def test_chunk_rows_states_its_budget(served_by):
     if served_by == "cpu":
-        assert _cpu_head.chunk_rows(151_936, 896) == 218
-        assert _cpu_head.chunk_rows(49_152, 576) == 667
-        assert _cpu_head.chunk_rows(10**9, 1) == 1
+        assert _cpu_head.chunk_rows(151_936, 0) == 220
+        assert _cpu_head.chunk_rows(49_152, 2 * 576) == 667
+        assert _cpu_head.chunk_rows(10**9, 0) == 1
+        for shape in ((2048, 49_152, 576), (10**6, 128_256, 2048), (1, 10**9, 1), (9, 7, 10**9)):
+            (rows, columns), (count, vocab, width) = _cpu_head.tile_shape(*shape), shape
+            assert 1 <= rows <= count
+            assert 1 <= columns <= vocab
+            assert max(rows * columns, rows * width, columns * width) <= max(2**23, width)
         return
     assert _head.chunk_rows(151_936) * 151_936 * 4 <= 128 * 2**20
     assert _head.chunk_rows(151_936) == 220

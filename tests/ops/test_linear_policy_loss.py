@@ -291,9 +291,8 @@ def test_three_matrix_products_in_all(importance):
         assert products(run) == 1
 
 
-def test_only_a_sequence_longer_than_a_chunk_is_read_twice(served_by, monkeypatch):
-    row = 13 + (2 * 6 if served_by == "cpu" else 0)  # floats, as the backend's rule counts them
-    monkeypatch.setattr(_head, "CHUNK_BYTES", 4 * row * 5)
+def test_only_a_sequence_longer_than_a_chunk_is_read_twice(monkeypatch):
+    monkeypatch.setattr(_head, "CHUNK_BYTES", 4 * 13 * 5)
     tensors = inputs((2, 3, 4, 1, 7), ignored=0)  # chunks: 2 + 3, 4 + 1, 5 and 2 of the longest
 
     def run():
