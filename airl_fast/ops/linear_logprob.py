@@ -79,11 +79,12 @@ def linear_logprob(
 
     Logits and sums are float32 whatever the inputs (float64 if any input is), autocast included.
     Both results are differentiable in hidden, weight and bias; the backward pass recomputes the
-    logits and computes only the gradients that are required. Extra memory, forward or backward,
-    at any N: on a CPU one chunk of logits and its hidden states, 128 MiB in all
-    (`_cpu_head.chunk_rows` has the rule); with the reference two buffers of `_head.chunk_rows`
-    rows of logits (128 MiB each; a third to differentiate a soft-capped head). Then the gradients
-    in float32, and one float32 copy of a weight that is in half precision.
+    logits and computes only the gradients that are required. Extra memory at any N: on a CPU
+    48 MiB forward (`_cpu_head.tile_shape` has the rule, half-precision weights included) and one
+    chunk of logits backward, 128 MiB in all (`_cpu_head.chunk_rows`); with the reference, either
+    way, two buffers of `_head.chunk_rows` rows of logits (128 MiB each; a third to differentiate a
+    soft-capped head). Then the gradients in float32, and (not on a CPU forward) one float32 copy
+    of a weight that is in half precision.
 
     Args:
         hidden: ``[N, D]``, floating; the hidden states that predict the targets. Any strides.

@@ -314,7 +314,7 @@ def test_chunk_rows_states_its_budget(served_by):
             (rows, columns), (count, vocab, width) = _cpu_head.tile_shape(*shape), shape
             assert 1 <= rows <= count
             assert 1 <= columns <= vocab
-            assert max(rows * columns, rows * width, columns * width) <= max(2**23, width)
+            assert max(rows * columns, rows * width, columns * width) <= max(2**22, width)
         return
     assert _head.chunk_rows(151_936) * 151_936 * 4 <= 128 * 2**20
     assert _head.chunk_rows(151_936) == 220
