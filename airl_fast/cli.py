@@ -1,4 +1,4 @@
-"""The command ``airl-fast``: demo, train, score, rerank, locate, doctor, recipes.
+"""The command ``airl-fast``: demo, train, score, rerank, locate, doctor, recipes, bench.
 
 Commands import what they need when they run, so that ``airl-fast --help`` is immediate. What a
 user can put right is one line on standard error and exit status 2; whatever else fails keeps its
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from airl_fast import __version__
+from airl_fast.bench import EPILOG, add_options, run_bench
 
 if TYPE_CHECKING:
     from airl_fast.scorer import RewardScorer
@@ -109,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add("doctor", _doctor, "say what this machine and this installation have", _DOCTOR)
     add("recipes", _recipes, "list the configurations that ship with the package", _RECIPES)
+    add_options(add("bench", run_bench, "measure the operators, from the repository", EPILOG))
     return parser
 
 

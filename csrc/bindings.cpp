@@ -1,10 +1,14 @@
 // Python bindings: raw addresses, strides and sizes, so that no torch header is needed.
 // The Python side checks shapes, dtypes, devices and offsets, and keeps the memory alive.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
 #include <stdexcept>
+#include <tuple>
 
+#include "discriminator.h"
+#include "rows.h"
 #include "segments.h"
 
 namespace py = pybind11;
@@ -33,6 +37,59 @@ const std::int32_t* offsets(std::uintptr_t address) {
 }
 
 float* output(std::uintptr_t address) { return reinterpret_cast<float*>(address); }
+
+using Head = std::tuple<std::uintptr_t, float, float, float>;  // as airl_fast::Head
+
+airl_fast::Head head_of(const Head& head) {
+  return {reinterpret_cast<const float*>(std::get<0>(head)), std::get<1>(head), std::get<2>(head),
+          std::get<3>(head)};
+}
+
+// address, row stride in elements, rows, vocabulary, element (0 float32, 1 bfloat16, 2 float16)
+using Chunk = std::tuple<std::uintptr_t, std::int64_t, std::int64_t, std::int64_t, int>;
+
+airl_fast::Chunk chunk_of(const Chunk& chunk) {
+  const auto& [address, stride, rows, vocab, element] = chunk;
+  if (vocab < 1 || element < 0 || element > 2) {
+    throw std::invalid_argument("a chunk needs a vocabulary of at least 1 and an element 0, 1 or 2");
+  }
+  return {reinterpret_cast<void*>(address), stride, rows, vocab,
+          static_cast<airl_fast::Element>(element)};
+}
+
+airl_fast::RowStats* stats_at(std::uintptr_t address) {
+  return reinterpret_cast<airl_fast::RowStats*>(address);
+}
+
+using Vector = std::tuple<std::uintptr_t, std::int64_t>;  // address or 0, stride in elements
+
+// (f, logp, weight), their item_size, is_expert, S, and the options; the last is wgan's.
+using Discriminator = std::tuple<Vector, Vector, Vector, std::int64_t, Vector, std::int64_t, bool,
+                                 double, double, bool>;
+
+template <typename T>
+airl_fast::Spans<T> spans_of(const Discriminator& all) {
+  const auto of = [](const Vector& v) { return view<T>(std::get<0>(v), std::get<1>(v)); };
+  const Vector& expert = std::get<4>(all);
+  return {of(std::get<0>(all)), of(std::get<1>(all)), of(std::get<2>(all)),
+          reinterpret_cast<const bool*>(std::get<0>(expert)), std::get<1>(expert),
+          std::get<5>(all)};
+}
+
+// Calls run(spans, options), for float32 or float64, without the interpreter lock.
+template <typename F>
+void with_spans(const Discriminator& all, F run) {
+  const std::int64_t size = std::get<3>(all);
+  if (size != 4 && size != 8) throw std::invalid_argument("item_size must be 4 or 8");
+  const airl_fast::DiscriminatorOptions options{std::get<6>(all), std::get<9>(all),
+                                                std::get<7>(all), std::get<8>(all)};
+  py::gil_scoped_release unlocked;
+  size == 4 ? run(spans_of<float>(all), options) : run(spans_of<double>(all), options);
+}
+
+const std::int64_t* targets_at(std::uintptr_t address) {
+  return reinterpret_cast<const std::int64_t*>(address);
+}
 
 }  // namespace
 
@@ -82,4 +139,57 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("x"), py::arg("stride"), py::arg("item_size"), py::arg("cu"), py::arg("spans"),
       py::arg("gamma"), py::arg("forwards"), py::arg("out"));
+
+  m.def(
+      "read_rows",
+      [](const Chunk& chunk, const Head& head, std::uintptr_t targets, std::int64_t first,
+         int threads, std::uintptr_t stats, std::uintptr_t logp, std::uintptr_t entropy) {
+        const auto rows = chunk_of(chunk);
+        py::gil_scoped_release unlocked;
+        airl_fast::read_rows(rows, head_of(head), targets_at(targets), first, threads,
+                             stats_at(stats), output(logp), output(entropy));
+      },
+      py::arg("chunk"), py::arg("head"), py::arg("targets"), py::arg("first"), py::arg("threads"),
+      py::arg("stats"), py::arg("logp"), py::arg("entropy"));
+
+  m.def(
+      "differentiate_rows",
+      [](const Chunk& chunk, const Head& head, std::uintptr_t targets, int threads,
+         std::uintptr_t stats, std::uintptr_t d_logp, std::uintptr_t d_entropy) {
+        const auto rows = chunk_of(chunk);
+        py::gil_scoped_release unlocked;
+        airl_fast::differentiate_rows(rows, head_of(head), targets_at(targets), threads,
+                                      stats_at(stats), output(d_logp), output(d_entropy));
+      },
+      py::arg("chunk"), py::arg("head"), py::arg("targets"), py::arg("threads"), py::arg("stats"),
+      py::arg("d_logp"), py::arg("d_entropy"));
+
+  m.def(
+      "discriminator_loss",
+      [](const Discriminator& spans, std::uintptr_t out) {
+        with_spans(spans, [=](const auto& values, const auto& options) {
+          airl_fast::discriminator_loss(values, options, reinterpret_cast<double*>(out));
+        });
+      },
+      py::arg("spans"), py::arg("out"));
+
+  m.def(
+      "discriminator_gradient",
+      [](const Discriminator& spans, double grad, std::uintptr_t out) {
+        with_spans(spans, [=](const auto& values, const auto& options) {
+          airl_fast::discriminator_gradient(values, options, grad,
+                                            reinterpret_cast<double*>(out));
+        });
+      },
+      py::arg("spans"), py::arg("grad"), py::arg("out"));
+
+  m.def("vector_paths", &airl_fast::vector_paths);
+  m.def("vector_path", &airl_fast::vector_path);
+  m.def("use_vector_path", &airl_fast::use_vector_path, py::arg("name"));
+  m.def(
+      "advise_huge_pages",
+      [](std::uintptr_t address, std::int64_t bytes) {
+        airl_fast::advise_huge_pages(reinterpret_cast<void*>(address), bytes);
+      },
+      py::arg("address"), py::arg("bytes"));
 }

@@ -36,6 +36,11 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
+def present(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """Return those that are not None: what a backend looks at to say whether it serves a call."""
+    return tuple(t for t in tensors if t is not None)
+
+
 def kept_rows(targets: Tensor, ignore_index: int) -> Tensor:
     """Row numbers ``[K]`` that count. Ignored rows are never read, whatever they hold."""
     return (targets != ignore_index).nonzero().squeeze(-1)

@@ -9,7 +9,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from airl_fast.ops._head import check_head, no_autocast
+from airl_fast.ops import _cpu_head
+from airl_fast.ops._head import check_head, no_autocast, present
 from airl_fast.ops.dispatch import implements, pick
 from airl_fast.ops.linear_logprob import linear_logprob
 from airl_fast.ops.segments import (
@@ -230,7 +231,7 @@ def _score(
             f"{_OP}: expected a token id for every action, received {int(targets.min())}; "
             "only actions are scored, so leave ignored rows out"
         )
-    serving = pick("airl_score", hidden, weight, targets, disc_hidden, disc_weight)
+    serving = pick("airl_score", *present(hidden, weight, disc_hidden, disc_weight, bias))
     with no_autocast(hidden.device):
         reward, f, logp, entropy = serving(
             hidden,
@@ -271,8 +272,9 @@ def _(
     return per_span[0], per_span[1], per_action[0], per_action[1]
 
 
+@implements("airl_score", "cpu", _cpu_head.serves)
 @implements("airl_score", "reference")
-def _score_reference(
+def _score_composed(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from airl_fast import _C
+from airl_fast.ops._head import present
 from airl_fast.ops.dispatch import implements, pick
-from airl_fast.ops.segments import check_finite, check_option, check_vector
+from airl_fast.ops.segments import check_finite, check_option, check_vector, cpu_serves
 
 FORMS = ("airl", "logit", "wgan")
 
@@ -129,7 +131,7 @@ def _loss(
                 f"{weight.min().item()} to {weight.max().item()}; leave out a batch that counts "
                 "for nothing"
             )
-    serving = pick("discriminator_loss", f)
+    serving = pick("discriminator_loss", *present(f, logp, weight))
     return serving(f, logp, is_expert, weight, form, label_smoothing, temperature)
 
 
@@ -202,17 +204,98 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _backward(ctx: Any, grad: Tensor, _stats: Tensor) -> tuple[Tensor | None, ...]:
-    """D BCE / d logit = D - target; d wgan / d f = the normalised weights, minus for experts."""
     f, logp, is_expert, weight = ctx.saved_tensors
-    w, y = _weights(f, weight), is_expert.double()
-    if ctx.form == "wgan":
-        df = grad * (_normalised(w * (1 - y)) - _normalised(w * y))
-    else:
-        d = _logits_expert_is_high(f, logp, ctx.form, ctx.temperature).sigmoid()
-        target = y * (1 - ctx.label_smoothing) + ctx.label_smoothing / 2
-        df = grad * _normalised(w) * (d - target) / ctx.temperature
+    options = (ctx.form, ctx.label_smoothing, ctx.temperature)
+    # Only torch's own operators have derivatives to build a graph of second ones from.
+    gradient = _gradient if torch.is_grad_enabled() else torch.ops.airl_fast.discriminator_gradient
+    df = gradient(grad, f, logp, is_expert, weight, *options)
     dlogp = -df.to(logp.dtype) if ctx.form == "airl" and ctx.needs_input_grad[1] else None
     return df.to(f.dtype), dlogp, None, None, None, None, None
 
 
+@torch.library.custom_op("airl_fast::discriminator_gradient", mutates_args=())
+def _gradient_op(
+    grad: Tensor,
+    f: Tensor,
+    logp: Tensor,
+    is_expert: Tensor,
+    weight: Tensor | None,
+    form: str,
+    label_smoothing: float,
+    temperature: float,
+) -> Tensor:
+    """Return the gradient at f [S], float64."""
+    serving = pick("discriminator_gradient", *present(f, logp, weight))
+    return serving(grad, f, logp, is_expert, weight, form, label_smoothing, temperature)
+
+
+@_gradient_op.register_fake
+def _(grad: Tensor, f: Tensor, *others: Any) -> Tensor:
+    return f.new_empty(f.shape, dtype=torch.float64)
+
+
+@implements("discriminator_gradient", "reference")
+def _gradient(
+    grad: Tensor,
+    f: Tensor,
+    logp: Tensor,
+    is_expert: Tensor,
+    weight: Tensor | None,
+    form: str,
+    label_smoothing: float,
+    temperature: float,
+) -> Tensor:
+    """D BCE / d logit = D - target; d wgan / d f = the normalised weights, minus for experts."""
+    w, y = _weights(f, weight), is_expert.double()
+    if form == "wgan":
+        return grad * (_normalised(w * (1 - y)) - _normalised(w * y))
+    d = _logits_expert_is_high(f, logp, form, temperature).sigmoid()
+    target = y * (1 - label_smoothing) + label_smoothing / 2
+    return grad * _normalised(w) * (d - target) / temperature
+
+
 _loss.register_autograd(_backward, setup_context=_keep)
+
+
+# Backend "cpu": csrc/discriminator.cpp.
+
+
+def _cpu_serves(*tensors: Tensor) -> str | None:
+    """Any floating dtype will do: vectors of spans are short enough to be converted."""
+    return cpu_serves(tensors[0].float())
+
+
+def _spans(
+    f: Tensor,
+    logp: Tensor,
+    is_expert: Tensor,
+    weight: Tensor | None,
+    form: str,
+    label_smoothing: float,
+    temperature: float,
+) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
+    """Describe the spans to C++, in one dtype; with the tensors that must outlive the call."""
+    dtype = torch.float32 if all(x.element_size() == 4 for x in present(f, logp, weight)) else None
+    f, logp, *weights = (x.to(dtype or torch.float64) for x in present(f, logp, weight))
+    vectors = [(x.data_ptr(), x.stride(0)) for x in (f, logp, *weights)]
+    vectors += [] if weights else [(0, 0)]
+    expert = (is_expert.data_ptr(), is_expert.stride(0))
+    options = (form == "airl", label_smoothing, temperature, form == "wgan")
+    described = (*vectors, f.element_size(), expert, f.shape[0], *options)
+    return described, (f, logp, *weights)
+
+
+@implements("discriminator_loss", "cpu", _cpu_serves)
+def _loss_cpu(f: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    spans, _keep_alive = _spans(f, *arguments)
+    out = torch.empty(1 + len(DiscriminatorStats._fields), dtype=torch.float64)
+    _C.discriminator_loss(spans, out.data_ptr())
+    return out[0].float(), out[1:].float()
+
+
+@implements("discriminator_gradient", "cpu", _cpu_serves)
+def _gradient_cpu(grad: Tensor, f: Tensor, *arguments: Any) -> Tensor:
+    spans, _keep_alive = _spans(f, *arguments)
+    out = torch.empty(f.shape, dtype=torch.float64)
+    _C.discriminator_gradient(spans, float(grad), out.data_ptr())
+    return out

@@ -8,6 +8,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from airl_fast.ops import _cpu_head
 from airl_fast.ops._head import (
     NON_FINITE_LOGITS,
     ChunkedHead,
@@ -19,6 +20,7 @@ from airl_fast.ops._head import (
     compute_dtype,
     kept_rows,
     no_autocast,
+    present,
 )
 from airl_fast.ops.dispatch import implements, pick
 
@@ -77,9 +79,12 @@ def linear_logprob(
 
     Logits and sums are float32 whatever the inputs (float64 if any input is), autocast included.
     Both results are differentiable in hidden, weight and bias; the backward pass recomputes the
-    logits and computes only the gradients that are required. Extra memory, forward or backward:
-    two buffers of `chunk_rows` rows of logits (128 MiB each; a third to differentiate a soft-capped
-    head), the gradients in float32, and one float32 copy of a weight that is in half precision.
+    logits and computes only the gradients that are required. Extra memory at any N: on a CPU
+    48 MiB forward (`_cpu_head.tile_shape` has the rule, half-precision weights included) and one
+    chunk of logits backward, 128 MiB in all (`_cpu_head.chunk_rows`); with the reference, either
+    way, two buffers of `_head.chunk_rows` rows of logits (128 MiB each; a third to differentiate a
+    soft-capped head). Then the gradients in float32, and (not on a CPU forward) one float32 copy
+    of a weight that is in half precision.
 
     Args:
         hidden: ``[N, D]``, floating; the hidden states that predict the targets. Any strides.
@@ -129,7 +134,7 @@ def _linear_logprob(
 ) -> tuple[Tensor, Tensor]:
     """Logp [N] and entropy [N] ([0] unless asked for), in the compute dtype."""
     check_targets(targets, len(weight), ignore_index)
-    forward = pick("linear_logprob", hidden, weight, targets)
+    forward = pick("linear_logprob", *present(hidden, weight, bias))
     with no_autocast(hidden.device):
         logp, entropy = forward(
             hidden,
@@ -174,7 +179,7 @@ def _linear_logprob_backward(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """D hidden, d weight and d bias in the dtypes of the inputs; [0] where not needed."""
-    backward = pick("linear_logprob_backward", hidden, weight, targets)
+    backward = pick("linear_logprob_backward", *present(hidden, weight, bias))
     with no_autocast(hidden.device):
         gradients = backward(
             d_logp,
@@ -315,3 +320,7 @@ def _reference_backward(
         )
         gradients.add(chunk, x, d_logits)
     return gradients.hidden, gradients.weight, gradients.bias
+
+
+implements("linear_logprob", "cpu", _cpu_head.serves)(_cpu_head.logprob_forward)
+implements("linear_logprob_backward", "cpu", _cpu_head.serves)(_cpu_head.logprob_backward)

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from airl_fast.ops import _cpu_head
 from airl_fast.ops._head import (
     NON_FINITE_LOGITS,
     ChunkedHead,
@@ -22,8 +23,15 @@ from airl_fast.ops._head import (
     chunk_rows,
     compute_dtype,
     no_autocast,
+    present,
 )
-from airl_fast.ops._policy_terms import IGNORE_INDEX, ActionLoss, gather_actions, pieces
+from airl_fast.ops._policy_terms import (
+    IGNORE_INDEX,
+    ActionLoss,
+    Actions,
+    gather_actions,
+    pieces,
+)
 from airl_fast.ops.dispatch import implements, pick
 
 
@@ -96,10 +104,12 @@ def linear_policy_loss(
     read twice, at the cost of one more product for its rows.
 
     Logits and sums are float32 whatever the inputs (float64 if any input is), autocast included.
-    Extra memory: two buffers of `chunk_rows` rows of logits (128 MiB each; a third to
-    differentiate a soft-capped head), one float32 copy of a weight that is in half precision,
-    and from here until ``backward`` the gradients in float32, so that a loss scale still finds
-    what half precision would have rounded to zero.
+    Extra memory, at any N: on a CPU one chunk of logits, overwritten by its gradient, and its
+    hidden states, 128 MiB in all (`_cpu_head.chunk_rows` has the rule); with the reference two
+    buffers of `_head.chunk_rows` rows of logits (128 MiB each; a third to differentiate a
+    soft-capped head). Then one float32 copy of a weight that is in half precision, and from here
+    until ``backward`` the gradients in float32, so that a loss scale still finds what half
+    precision would have rounded to zero.
 
     Args:
         hidden: ``[N, D]``, floating; the hidden states that predict the targets. Any strides.
@@ -265,7 +275,7 @@ def _linear_policy_loss(
             check_finite(name, tensor.where(kept, 0), "look for NaN or overflow where it is made")
     loss = ActionLoss(clip_low, clip_high, delta, beta, entropy_coef, importance == "sequence")
     with no_autocast(hidden.device):
-        outputs = pick("linear_policy_loss", hidden, weight, targets)(
+        outputs = pick("linear_policy_loss", *present(hidden, weight, bias))(
             hidden,
             weight,
             targets,
@@ -324,8 +334,18 @@ def _backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Any, ...]:
                     f"the gradient at {name} was not computed in the forward sweep: call "
                     "airl_fast.linear_policy_loss, and let it see what requires a gradient"
                 )
-            results[position] = (d_loss * gradient).to(dtype)
+            results[position] = _scaled(gradient, d_loss).to(dtype)
     return tuple(results)
+
+
+def _scaled(gradient: Tensor, d_loss: Tensor) -> Tensor:
+    """``d_loss * gradient``, without a second ``[V, D]`` where d_loss is 1, as it mostly is.
+
+    That is only looked at on a CPU, where it waits for nothing, and never while tracing.
+    """
+    if type(d_loss) is Tensor and d_loss.device.type == "cpu" and float(d_loss) == 1.0:
+        return gradient
+    return d_loss * gradient
 
 
 _linear_policy_loss.register_autograd(_backward, setup_context=_setup_context)
@@ -387,10 +407,43 @@ def _reference(
             )
             gradients.add(actions.rows[chunk], x, d_logits)
 
+    return _outputs(loss, actions, logp, entropy, gradients, len(hidden))
+
+
+@implements("linear_policy_loss", "cpu", _cpu_head.serves)
+def _cpu(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    constants: tuple[Tensor, Tensor | None, Tensor | None],
+    cu_seqs: Tensor,
+    bias: Tensor | None,
+    head_options: tuple[float, float | None, float],
+    loss: ActionLoss,
+    aggregation: str,
+    normaliser: float,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    actions = gather_actions(targets, constants, cu_seqs, aggregation, normaliser, torch.float32)
+    logp, entropy, gradients = _cpu_head.policy_loss_sweep(
+        hidden, weight, bias, head_options, loss, actions, needs
+    )
+    return _outputs(loss, actions, logp, entropy, gradients, len(hidden))
+
+
+def _outputs(
+    loss: ActionLoss,
+    actions: Actions,
+    logp: Tensor,
+    entropy: Tensor,
+    gradients: HeadGradients | _cpu_head.Gradients,
+    rows: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What the op returns, from logp ``[K]`` and entropy ``[K]`` of all actions."""
     terms = loss.terms(logp, actions)
     total = (actions.share * (terms.loss - loss.entropy_coef * entropy)).sum()
     means = [terms.ratio, terms.clipped, terms.kl_old, terms.kl_ref, entropy]
-    zeros = total.new_zeros(len(hidden))
+    zeros = total.new_zeros(rows)
     return (
         total,
         gradients.hidden,

@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import airl_fast
 from airl_fast import DiscriminatorStats, discriminator_loss
 from tests import oracle
+
+pytestmark = pytest.mark.usefixtures("served_by")
 
 FORMS = ("airl", "logit", "wgan")
 OPTIONS = [
@@ -219,15 +220,13 @@ def test_errors_say_what_was_received(arguments, message):
         discriminator_loss(**(defaults | arguments))
 
 
-def test_only_the_reference_serves_and_says_so():
-    with airl_fast.backend("cpu"), pytest.raises(RuntimeError, match="not implemented"):
-        discriminator_loss(F, LOGP, IS_EXPERT)
-
-
 finite = st.floats(-1e4, 1e4, width=32)
 
 
-@settings(max_examples=60, deadline=None)
+# The backend is the same for every example.
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(rows=st.lists(st.tuples(finite, finite, st.booleans()), min_size=1, max_size=12))
 def test_properties(rows):
     f, logp, is_expert = (torch.tensor(column) for column in zip(*rows, strict=True))

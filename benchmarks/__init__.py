@@ -1,0 +1,13 @@
+"""Speed and memory of the operators beside their peers: ``python -m benchmarks --help``.
+
+harness.py   what a case, a variant and a row are; checked, interleaved timing
+memory.py    peak extra memory, in a process of its own
+heads.py     the operators over the language-model head; head_peers.py: the other formulations
+segments.py  segment operators and discounted returns
+packing.py   packed against padded scoring on GSM8K-like lengths
+truth.py     float64 results that the timed outputs are checked against
+suite.py     which cases exist, at which shapes; runs them
+report.py    JSON, Markdown, and plots
+
+No speed is printed for a result that is wrong.
+"""

@@ -1,0 +1,183 @@
+"""The C++ row kernels on every vector path and element type, and under the sanitizers."""
+
+import math
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from airl_fast import _C
+from tests import oracle
+
+CSRC = Path(__file__).parents[2] / "csrc"
+ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+HEADS = [{}, {"temperature": 0.7, "softcap": 3.0, "logit_scale": 1.3}]
+
+
+@pytest.fixture(params=("avx512", "avx2", "portable"))
+def path(request):
+    if request.param not in _C.vector_paths():
+        pytest.skip(f"this processor has no {request.param}")
+    best = _C.vector_path()
+    _C.use_vector_path(request.param)
+    yield request.param
+    _C.use_vector_path(best)
+
+
+def read(a, targets, bias=None, entropy=True, threads=1, columns=None, **head):
+    """logp and entropy by the kernel, and what it needs to be differentiated."""
+    temperature, softcap, scale = (
+        head.get(name, default)
+        for name, default in (("temperature", 1.0), ("softcap", None), ("logit_scale", 1.0))
+    )
+    stats, logp = torch.full((len(a), 4), math.nan).double(), torch.full((len(a),), math.nan)
+    h = torch.full((len(a),), math.nan)
+    options = (
+        0 if bias is None else bias.data_ptr(),
+        scale / (softcap or temperature),
+        softcap / temperature if softcap else 0.0,
+        scale / temperature,
+    )
+    chunk = (a.data_ptr(), a.stride(0), len(a), a.shape[1], ELEMENTS[a.dtype])
+    at = targets.data_ptr()
+    results = (stats.data_ptr(), logp.data_ptr(), h.data_ptr() if entropy else 0)
+    for first in range(0, a.shape[1], columns or a.shape[1]):
+        part = a[:, first:][:, :columns]
+        piece = (part.data_ptr(), a.stride(0), len(a), part.shape[1], ELEMENTS[a.dtype])
+        ahead = options[0] and options[0] + 4 * first
+        _C.read_rows(piece, (ahead, *options[1:]), at, first, threads, *results)
+    return logp, h, (chunk, options, at, threads, stats.data_ptr()), stats
+
+
+def exact(a, targets, bias, **head):
+    """The oracle on logits: a head whose hidden states are a, and whose weight is 1."""
+    one = torch.eye(a.shape[1])
+    return oracle.linear_logprob(a, one, targets, bias=bias, **head)
+
+
+def inputs(vocab, rows=5, dtype=torch.float32, magnitude=1.0):
+    g = torch.Generator().manual_seed(vocab)
+    a = (torch.randn(rows, vocab + 3, generator=g) * magnitude).to(dtype)[:, :vocab]
+    bias, targets = torch.randn(vocab, generator=g), torch.randint(vocab, (rows,), generator=g)
+    return a, bias, targets, torch.randn(2, rows, generator=g)
+
+
+@pytest.mark.parametrize("dtype", ELEMENTS, ids=str)
+@pytest.mark.parametrize("magnitude", [1.0, 40.0])
+@pytest.mark.parametrize("head", HEADS, ids=["plain", "all"])
+# One logit, less than a vector, a whole one, an odd tail, one logit more than a block.
+@pytest.mark.parametrize("vocab", [1, 3, 16, 1031, 2049])
+def test_values_and_gradients_match_the_oracle(vocab, head, magnitude, dtype, path):
+    a, bias, targets, upstream = inputs(vocab, dtype=dtype, magnitude=magnitude)
+    leaf = a.double().requires_grad_()
+    truth = exact(leaf, targets, bias, **head)
+    (gradient,) = torch.autograd.grad(truth, leaf, list(upstream.double()))
+    logp, entropy, call, _ = read(a, targets, bias, **head)
+    # z is rounded to float32 a few times, to within a few units of its own size.
+    tolerance = 4e-7 * max(8.0, 4 * magnitude)
+    torch.testing.assert_close(logp.double(), truth[0], rtol=0, atol=tolerance)
+    torch.testing.assert_close(entropy.double(), truth[1], rtol=0, atol=tolerance)
+    assert (logp <= 0).all()
+    assert (entropy >= 0).all()
+    beyond = a.as_strided((len(a), 3), a.stride(), vocab)[:-1].clone()
+    _C.differentiate_rows(*call, *(u.data_ptr() for u in upstream))
+    rounding = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps
+    torch.testing.assert_close(a.double(), gradient, rtol=rounding, atol=4 * tolerance)
+    assert torch.equal(a.as_strided((len(a), 3), a.stride(), vocab)[:-1], beyond)
+
+
+@pytest.mark.parametrize("columns", [1, 700, 2048, 4999])
+@pytest.mark.parametrize("head", HEADS, ids=["plain", "all"])
+def test_columns_read_one_part_after_the_other(head, columns, path):
+    a, bias, targets, _ = inputs(5000, rows=3)
+    truth = exact(a, targets, bias, **head)
+    for got, expected in zip(read(a, targets, bias, columns=columns, **head), truth, strict=False):
+        torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_the_log_probability_does_not_depend_on_the_entropy_nor_on_threads(path):
+    a, bias, targets, upstream = inputs(5000, rows=37)
+    results = []
+    for entropy, threads in ((True, 1), (False, 1), (True, 2), (True, 5)):
+        copy = a.clone()
+        logp, _, call, _ = read(copy, targets, bias, entropy=entropy, threads=threads)
+        _C.differentiate_rows(*call, upstream.data_ptr(), 0)
+        results.append((logp, copy))
+    for logp, gradient in results[1:]:
+        assert torch.equal(logp, results[0][0])
+        assert torch.equal(gradient, results[0][1])
+
+
+@pytest.mark.parametrize("column", [0, 2047, 2048, 4999])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_is_never_hidden(value, column, path):
+    a, _, targets, _ = inputs(5000)
+    a[1] = -math.inf
+    a[1, column] = a[2, column] = value
+    a[3] = value
+    logp, entropy, _, _ = read(a, targets)
+    assert logp.isfinite().tolist() == [True, False, False, False, True]
+    assert entropy.isfinite().tolist() == [True, False, False, False, True]
+
+
+def test_masked_tokens_leave_the_log_probability_right(path):
+    a, _, targets, _ = inputs(5000)
+    a[:, :2500] = -math.inf  # more than a block, before anything finite
+    targets = targets % 2500 + 2500
+    logp, _, _, _ = read(a, targets, entropy=False)
+    expected, _ = exact(a[:, 2500:], targets - 2500, None)
+    torch.testing.assert_close(logp.double(), expected)
+
+
+def test_rising_maxima_and_huge_logits(path):
+    a = torch.linspace(-1e4, 1e4, 6000).repeat(2, 1)
+    a[1, -3000:] = 1e4
+    targets = torch.tensor([5999, 5000])
+    logp, entropy, _, _ = read(a, targets)
+    expected = exact(a, targets, None)
+    torch.testing.assert_close(logp.double(), expected[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(entropy.double(), expected[1], rtol=1e-6, atol=1e-6)
+    assert logp[1] == -entropy[1] == torch.tensor(-math.log(3000))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_stored_to_nearest_even(dtype, path):
+    """A target with p = 1/2 and d_logp = 2 g stores g: every rounding case of the format."""
+    steps = torch.finfo(dtype).eps * torch.tensor([0.5, 1.5, 0.49, 0.51, 0.75])
+    wanted = torch.cat([1 + steps, -(1 + steps), (1 + steps) * torch.finfo(dtype).tiny / 2])
+    a = torch.zeros(len(wanted), 2, dtype=dtype)
+    targets = torch.zeros(len(wanted), dtype=torch.int64)
+    _, _, call, _ = read(a, targets)
+    upstream = 2 * wanted
+    _C.differentiate_rows(*call, upstream.data_ptr(), 0)
+    assert torch.equal(a, torch.stack([wanted, -wanted], 1).to(dtype))
+
+
+def test_an_unknown_vector_path_is_refused():
+    with pytest.raises(ValueError, match="'sse9' is not available"):
+        _C.use_vector_path("sse9")
+
+
+HARNESS = Path(__file__).with_name("rows_harness.cpp")
+
+
+def test_the_kernels_are_clean_under_the_sanitizers(tmp_path):
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no g++ or clang++ to compile the kernels with")
+    sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    probe = tmp_path / "probe.cpp"
+    probe.write_text("int main() { return 0; }\n")
+    linked = subprocess.run(
+        [compiler, *sanitize, str(probe), "-o", str(tmp_path / "probe")], capture_output=True
+    )
+    if linked.returncode != 0:
+        pytest.skip("the compiler has no address and undefined-behaviour sanitizers")
+    program = tmp_path / "harness"
+    sources = [str(f) for f in sorted(CSRC.glob("*.cpp")) if f.name != "bindings.cpp"]
+    flags = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off"]
+    build = [compiler, *flags, *sanitize, "-pthread", f"-I{CSRC}", str(HARNESS), *sources]
+    subprocess.run([*build, "-o", str(program)], check=True)
+    subprocess.run([str(program)], check=True, env={"ASAN_OPTIONS": "detect_leaks=0"})
