@@ -59,12 +59,12 @@ def write_gguf(folder: Path) -> dict[str, torch.Tensor]:
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(VOCAB)
     characters = [c.replace(" ", "Ġ").replace("\n", "Ċ") for c in CHARACTERS]
-    tokens = ["<pad>", "<bos>", "<eos>", *characters, "ab"]
+    tokens = ["<pad>", "<bos>", "<eos>", *characters, "ab", "cd"]
     tokens += [f"<unused{i}>" for i in range(VOCAB - len(tokens))]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
     writer.add_token_list(tokens)
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "c d"])  # transformers 5.17 misreads a list of one
     writer.add_token_types([3, 3, 3] + [1] * (VOCAB - 3))
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
