@@ -33,7 +33,15 @@ def read_rows(
     entropy: int,
 ) -> None: ...
 def differentiate_rows(
-    chunk: _Chunk, head: _Head, targets: int, threads: int, stats: int, d_logp: int, d_entropy: int
+    chunk: _Chunk,
+    head: _Head,
+    targets: int,
+    first: int,
+    threads: int,
+    stats: int,
+    d_logp: int,
+    d_entropy: int,
+    gradient: int,
 ) -> None: ...
 def vector_paths() -> list[str]: ...
 def vector_path() -> str: ...

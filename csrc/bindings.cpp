@@ -154,15 +154,17 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "differentiate_rows",
-      [](const Chunk& chunk, const Head& head, std::uintptr_t targets, int threads,
-         std::uintptr_t stats, std::uintptr_t d_logp, std::uintptr_t d_entropy) {
+      [](const Chunk& chunk, const Head& head, std::uintptr_t targets, std::int64_t first,
+         int threads, std::uintptr_t stats, std::uintptr_t d_logp, std::uintptr_t d_entropy,
+         std::uintptr_t gradient) {
         const auto rows = chunk_of(chunk);
         py::gil_scoped_release unlocked;
-        airl_fast::differentiate_rows(rows, head_of(head), targets_at(targets), threads,
-                                      stats_at(stats), output(d_logp), output(d_entropy));
+        airl_fast::differentiate_rows(rows, head_of(head), targets_at(targets), first, threads,
+                                      stats_at(stats), output(d_logp), output(d_entropy),
+                                      reinterpret_cast<void*>(gradient));
       },
-      py::arg("chunk"), py::arg("head"), py::arg("targets"), py::arg("threads"), py::arg("stats"),
-      py::arg("d_logp"), py::arg("d_entropy"));
+      py::arg("chunk"), py::arg("head"), py::arg("targets"), py::arg("first"), py::arg("threads"),
+      py::arg("stats"), py::arg("d_logp"), py::arg("d_entropy"), py::arg("gradient"));
 
   m.def(
       "discriminator_loss",

@@ -65,13 +65,13 @@ void read_rows(const Chunk& chunk, const Head& head, const std::int64_t* targets
 }
 
 void differentiate_rows(const Chunk& chunk, const Head& head, const std::int64_t* targets,
-                        int threads, const RowStats* stats, const float* d_logp,
-                        const float* d_entropy) {
+                        std::int64_t first, int threads, const RowStats* stats,
+                        const float* d_logp, const float* d_entropy, void* gradient) {
   const auto kernel = kernels().differentiate[static_cast<int>(chunk.element)];
   share(chunk.rows, rows_per_piece(chunk), threads, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t r = begin; r < end; ++r) {
-      kernel(chunk, head, r, targets[r], stats[r], d_logp == nullptr ? 0.0 : d_logp[r],
-             d_entropy == nullptr ? 0.0 : d_entropy[r]);
+      kernel(chunk, head, r, targets[r] - first, stats[r], d_logp == nullptr ? 0.0 : d_logp[r],
+             d_entropy == nullptr ? 0.0 : d_entropy[r], gradient);
     }
   });
 }

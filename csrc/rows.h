@@ -1,5 +1,5 @@
 // Kernels over the rows of a chunk of logits a [R, V]: one read for log-sum-exp, target and entropy;
-// one read and write that turns the logits into their gradient, in place.
+// one read and write that turns the logits into their gradient, in place or elsewhere.
 //
 //   z = cap * tanh(scale * (a + bias) / cap) / t      without a cap: scale * (a + bias) / t
 //   log p = log_softmax(z)
@@ -44,11 +44,13 @@ struct RowStats {
 void read_rows(const Chunk& chunk, const Head& head, const std::int64_t* targets,
                std::int64_t first, int threads, RowStats* stats, float* logp, float* entropy);
 
-// Overwrites a by slope dz/da ( d_logp (1[k = target] - p_k) - d_entropy p_k (log p_k + H) ).
-// d_logp and d_entropy are [R] or null for zero; with d_entropy the stats need their gap.
+// Turns a into slope dz/da ( d_logp (1[k = target] - p_k) - d_entropy p_k (log p_k + H) ).
+// d_logp and d_entropy are [R] or null for zero; with d_entropy the stats need their gap, and in
+// any case they are those of all columns, whichever of them the chunk holds, from `first` on.
+// The gradient is laid out like the chunk: it may be chunk.logits itself, or must not overlap it.
 void differentiate_rows(const Chunk& chunk, const Head& head, const std::int64_t* targets,
-                        int threads, const RowStats* stats, const float* d_logp,
-                        const float* d_entropy);
+                        std::int64_t first, int threads, const RowStats* stats,
+                        const float* d_logp, const float* d_entropy, void* gradient);
 
 // Vector instructions: "avx512", "avx2" and "portable", the first that the processor has is used.
 std::vector<std::string> vector_paths();

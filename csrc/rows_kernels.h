@@ -18,7 +18,8 @@ struct RowKernels {
   using Read = void (*)(const Chunk&, const Head&, std::int64_t row, std::int64_t target,
                         bool fresh, RowStats* stats, float* logp, float* entropy);
   using Differentiate = void (*)(const Chunk&, const Head&, std::int64_t row, std::int64_t target,
-                                 const RowStats& stats, double d_logp, double d_entropy);
+                                 const RowStats& stats, double d_logp, double d_entropy,
+                                 void* gradient);
   Read read[3];  // by Element
   Differentiate differentiate[3];
 };
@@ -196,8 +197,9 @@ void read(const Chunk& chunk, const Head& head, std::int64_t row, std::int64_t t
 // -exp(x) (d_logp + d_entropy (x + g)) / s, at the target d_logp more.
 template <class V, class T>
 void differentiate(const Chunk& chunk, const Head& head, std::int64_t row, std::int64_t target,
-                   const RowStats& stats, double d_logp, double d_entropy) {
-  T* a = static_cast<T*>(chunk.logits) + row * chunk.row_stride;
+                   const RowStats& stats, double d_logp, double d_entropy, void* gradients) {
+  const T* a = static_cast<const T*>(chunk.logits) + row * chunk.row_stride;
+  T* out = static_cast<T*>(gradients) + row * chunk.row_stride;
   alignas(64) float z[kBlock], slope[kBlock];
   const bool capped = head.outer != 0.0f;
   const double scale = head.slope / stats.sum;
@@ -217,15 +219,15 @@ void differentiate(const Chunk& chunk, const Head& head, std::int64_t row, std::
       return capped ? V::mul(g, V::load(slope + i)) : g;
     };
     std::int64_t i = 0;
-    for (; i + V::kWidth <= count; i += V::kWidth) V::store(a + start + i, gradient(i));
-    if (i < count) store_first<V>(a + start + i, gradient(i), count - i);
+    for (; i + V::kWidth <= count; i += V::kWidth) V::store(out + start + i, gradient(i));
+    if (i < count) store_first<V>(out + start + i, gradient(i), count - i);
     if (target >= start && target < start + count) {
       const std::int64_t at = target - start;
       // Computed apart, in double, and stored once: 1 - p loses digits in float where p nears 1.
       const double x = static_cast<double>(z[at]) - stats.largest;
       const double p = std::exp(x) / stats.sum;
       const double g = d_logp * (1.0 - p) - d_entropy * p * (x + mean_gap);
-      narrow(static_cast<float>(head.slope * g * (capped ? slope[at] : 1.0f)), a + target);
+      narrow(static_cast<float>(head.slope * g * (capped ? slope[at] : 1.0f)), out + target);
     }
   }
 }

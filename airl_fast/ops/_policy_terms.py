@@ -123,29 +123,34 @@ def gather_actions(
     )
 
 
-def pieces(actions: Actions, limit: int, per_sequence: bool) -> Iterator[list[slice]]:
+def pieces(
+    actions: Actions, limit: int, per_sequence: bool, first: int = 0
+) -> Iterator[list[slice]]:
     """Cut the actions into pieces whose coefficients can be known before the next is read.
 
-    A piece is a list of chunks of at most ``limit`` rows. It has one chunk, unless
-    ``per_sequence`` and it is a single sequence longer than that.
+    A piece is a list of chunks of at most ``limit`` rows, or ``first`` for the first piece if that
+    is above 0. It has one chunk, unless ``per_sequence`` and it is a single sequence longer than
+    that.
     """
     count = len(actions.rows)
-    ends = [*range(limit, count, limit), count]
+    bound = first or limit
+    ends = [*range(bound, count, limit), count]
     if per_sequence:
         counts = torch.unique_consecutive(actions.sequence, return_counts=True)[1]
         ends = [*counts.cumsum(0).tolist(), count]
     start = stop = 0
     for end in ends:
-        if end - start > limit and stop > start:
-            yield _chunks(start, stop, limit)
-            start = stop
+        if end - start > bound and stop > start:
+            yield _chunks(start, stop, bound, limit)
+            start, bound = stop, limit
         stop = end
     if stop > start:
-        yield _chunks(start, stop, limit)
+        yield _chunks(start, stop, bound, limit)
 
 
-def _chunks(start: int, stop: int, limit: int) -> list[slice]:
-    return [slice(a, min(a + limit, stop)) for a in range(start, stop, limit)]
+def _chunks(start: int, stop: int, bound: int, limit: int) -> list[slice]:
+    step = stop - start if stop - start <= bound else limit
+    return [slice(a, min(a + step, stop)) for a in range(start, stop, step)]
 
 
 def _sequence_mean(x: Tensor, sequence: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from airl_fast.ops import _cpu_head
+from airl_fast.ops import _cpu_gradients, _cpu_head
 from airl_fast.ops._head import (
     NON_FINITE_LOGITS,
     ChunkedHead,
@@ -80,11 +80,11 @@ def linear_logprob(
     Logits and sums are float32 whatever the inputs (float64 if any input is), autocast included.
     Both results are differentiable in hidden, weight and bias; the backward pass recomputes the
     logits and computes only the gradients that are required. Extra memory at any N: on a CPU
-    48 MiB forward (`_cpu_head.tile_shape` has the rule, half-precision weights included) and one
-    chunk of logits backward, 128 MiB in all (`_cpu_head.chunk_rows`); with the reference, either
-    way, two buffers of `_head.chunk_rows` rows of logits (128 MiB each; a third to differentiate a
-    soft-capped head). Then the gradients in float32, and (not on a CPU forward) one float32 copy
-    of a weight that is in half precision.
+    48 MiB forward (`_cpu_head.tile_shape` has the rule) and at most 128 MiB backward
+    (`_cpu_gradients`), half-precision weights included; with the reference, either way, two
+    buffers of `_head.chunk_rows` rows of logits (128 MiB each; a third to differentiate a
+    soft-capped head), and one float32 copy of a weight that is in half precision. Then the
+    gradients in float32.
 
     Args:
         hidden: ``[N, D]``, floating; the hidden states that predict the targets. Any strides.
@@ -323,4 +323,4 @@ def _reference_backward(
 
 
 implements("linear_logprob", "cpu", _cpu_head.serves)(_cpu_head.logprob_forward)
-implements("linear_logprob_backward", "cpu", _cpu_head.serves)(_cpu_head.logprob_backward)
+implements("linear_logprob_backward", "cpu", _cpu_head.serves)(_cpu_gradients.logprob_backward)

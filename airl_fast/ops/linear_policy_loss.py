@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from airl_fast.ops import _cpu_head
+from airl_fast.ops import _cpu_gradients, _cpu_head
 from airl_fast.ops._head import (
     NON_FINITE_LOGITS,
     ChunkedHead,
@@ -100,16 +100,17 @@ def linear_policy_loss(
     The gradients are computed in the forward sweep and only scaled by ``backward``: three matrix
     products in all (logits, d hidden, d weight), two with a frozen head, one when nothing requires
     a gradient. A chunk holds whole sequences when importance="sequence", because a row's
-    coefficient then depends on all of its sequence; only a sequence longer than `chunk_rows` is
+    coefficient then depends on all of its sequence; only a sequence longer than a chunk is
     read twice, at the cost of one more product for its rows.
 
     Logits and sums are float32 whatever the inputs (float64 if any input is), autocast included.
-    Extra memory, at any N: on a CPU one chunk of logits, overwritten by its gradient, and its
-    hidden states, 128 MiB in all (`_cpu_head.chunk_rows` has the rule); with the reference two
-    buffers of `_head.chunk_rows` rows of logits (128 MiB each; a third to differentiate a
-    soft-capped head). Then one float32 copy of a weight that is in half precision, and from here
-    until ``backward`` the gradients in float32, so that a loss scale still finds what half
-    precision would have rounded to zero.
+    Extra memory, at any N: on a CPU at most 128 MiB, half-precision weights included; the logits
+    of up to D rows wait in the memory of the weight's gradient, those of others in one chunk,
+    overwritten by its gradient (`_cpu_gradients` has the rules). With the reference two buffers of
+    `_head.chunk_rows` rows of logits (128 MiB each; a third to differentiate a soft-capped head),
+    and one float32 copy of a weight that is in half precision. From here until ``backward`` also
+    the gradients, in float32, so that a loss scale still finds what half precision would have
+    rounded to zero.
 
     Args:
         hidden: ``[N, D]``, floating; the hidden states that predict the targets. Any strides.
@@ -316,14 +317,17 @@ def _(hidden: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, ...]:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, *gradients, means, logp, entropy = output
+    ctx.set_materialize_grads(False)  # or backward is handed zeros as large as the gradients
     ctx.mark_non_differentiable(*gradients, means, logp, entropy)
     ctx.save_for_backward(*gradients)
     ctx.dtypes = [None if inputs[i] is None else inputs[i].dtype for i in _DIFFERENTIABLE.values()]
     ctx.computed = inputs[-3:]
 
 
-def _backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, d_loss: Tensor | None, *_: None) -> tuple[Any, ...]:
     results: list[Tensor | None] = [None] * 22
+    if d_loss is None:
+        return tuple(results)
     gradients = zip(
         _DIFFERENTIABLE.items(), ctx.saved_tensors, ctx.dtypes, ctx.computed, strict=True
     )
@@ -407,7 +411,8 @@ def _reference(
             )
             gradients.add(actions.rows[chunk], x, d_logits)
 
-    return _outputs(loss, actions, logp, entropy, gradients, len(hidden))
+    found = gradients.hidden, gradients.weight, gradients.bias
+    return _outputs(loss, actions, logp, entropy, found, len(hidden))
 
 
 @implements("linear_policy_loss", "cpu", _cpu_head.serves)
@@ -425,7 +430,7 @@ def _cpu(
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     actions = gather_actions(targets, constants, cu_seqs, aggregation, normaliser, torch.float32)
-    logp, entropy, gradients = _cpu_head.policy_loss_sweep(
+    logp, entropy, gradients = _cpu_gradients.policy_loss_sweep(
         hidden, weight, bias, head_options, loss, actions, needs
     )
     return _outputs(loss, actions, logp, entropy, gradients, len(hidden))
@@ -436,7 +441,7 @@ def _outputs(
     actions: Actions,
     logp: Tensor,
     entropy: Tensor,
-    gradients: HeadGradients | _cpu_head.Gradients,
+    gradients: tuple[Tensor, Tensor, Tensor],
     rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What the op returns, from logp ``[K]`` and entropy ``[K]`` of all actions."""
@@ -446,9 +451,7 @@ def _outputs(
     zeros = total.new_zeros(rows)
     return (
         total,
-        gradients.hidden,
-        gradients.weight,
-        gradients.bias,
+        *gradients,
         torch.stack([x.mean() for x in means]),
         zeros.index_copy(0, actions.rows, logp),
         zeros.index_copy(0, actions.rows, entropy),

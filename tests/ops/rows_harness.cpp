@@ -31,8 +31,11 @@ bool rows(std::int64_t rows, std::int64_t vocab, std::int64_t gap, airl_fast::El
     airl_fast::read_rows(chunk, head, targets.data(), 0, threads, stats.data(), logp.data(),
                          wanted);
   }
-  airl_fast::differentiate_rows(chunk, head, targets.data(), threads, stats.data(),
-                                upstream.data(), upstream.data());
+  std::vector<T> elsewhere(logits.size());
+  for (std::vector<T>* gradient : {&elsewhere, &logits}) {
+    airl_fast::differentiate_rows(chunk, head, targets.data(), 0, threads, stats.data(),
+                                  upstream.data(), upstream.data(), gradient->data());
+  }
   bool sound = true;
   for (std::size_t r = 0; r < count; ++r) sound &= logp[r] <= 0.0f && entropy[r] >= 0.0f;
   for (const T& gradient : logits) sound &= std::isfinite(airl_fast::widen(gradient));

@@ -48,7 +48,7 @@ def read(a, targets, bias=None, entropy=True, threads=1, columns=None, **head):
         piece = (part.data_ptr(), a.stride(0), len(a), part.shape[1], ELEMENTS[a.dtype])
         ahead = options[0] and options[0] + 4 * first
         _C.read_rows(piece, (ahead, *options[1:]), at, first, threads, *results)
-    return logp, h, (chunk, options, at, threads, stats.data_ptr()), stats
+    return logp, h, (chunk, options, at, 0, threads, stats.data_ptr()), stats
 
 
 def exact(a, targets, bias, **head):
@@ -82,7 +82,7 @@ def test_values_and_gradients_match_the_oracle(vocab, head, magnitude, dtype, pa
     assert (logp <= 0).all()
     assert (entropy >= 0).all()
     beyond = a.as_strided((len(a), 3), a.stride(), vocab)[:-1].clone()
-    _C.differentiate_rows(*call, *(u.data_ptr() for u in upstream))
+    _C.differentiate_rows(*call, *(u.data_ptr() for u in upstream), a.data_ptr())
     rounding = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps
     torch.testing.assert_close(a.double(), gradient, rtol=rounding, atol=4 * tolerance)
     assert torch.equal(a.as_strided((len(a), 3), a.stride(), vocab)[:-1], beyond)
@@ -97,13 +97,33 @@ def test_columns_read_one_part_after_the_other(head, columns, path):
         torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("columns", [1, 700, 2048])
+@pytest.mark.parametrize("head", HEADS, ids=["plain", "all"])
+def test_columns_differentiated_one_part_after_the_other_into_other_memory(head, columns, path):
+    a, bias, targets, upstream = inputs(2500, rows=3)
+    leaf = a.double().requires_grad_()
+    truth = exact(leaf, targets, bias, **head)
+    (gradient,) = torch.autograd.grad(truth, leaf, list(upstream.double()))
+    kept = a.clone()
+    _, _, (chunk, options, *_), stats = read(a, targets, bias, **head)
+    out = torch.full((3, a.stride(0)), math.nan)[:, :2500]
+    for first in range(0, 2500, columns):
+        part = (a[:, first:].data_ptr(), chunk[1], 3, min(columns, 2500 - first), 0)
+        ahead = (bias[first:].data_ptr(), *options[1:])
+        where = (targets.data_ptr(), first, 1, stats.data_ptr())
+        given = (u.data_ptr() for u in upstream)
+        _C.differentiate_rows(part, ahead, *where, *given, out[:, first:].data_ptr())
+    torch.testing.assert_close(out.double(), gradient, rtol=0, atol=1e-5)
+    assert torch.equal(a, kept)
+
+
 def test_the_log_probability_does_not_depend_on_the_entropy_nor_on_threads(path):
     a, bias, targets, upstream = inputs(5000, rows=37)
     results = []
     for entropy, threads in ((True, 1), (False, 1), (True, 2), (True, 5)):
         copy = a.clone()
         logp, _, call, _ = read(copy, targets, bias, entropy=entropy, threads=threads)
-        _C.differentiate_rows(*call, upstream.data_ptr(), 0)
+        _C.differentiate_rows(*call, upstream.data_ptr(), 0, copy.data_ptr())
         results.append((logp, copy))
     for logp, gradient in results[1:]:
         assert torch.equal(logp, results[0][0])
@@ -151,7 +171,7 @@ def test_half_precision_is_stored_to_nearest_even(dtype, path):
     targets = torch.zeros(len(wanted), dtype=torch.int64)
     _, _, call, _ = read(a, targets)
     upstream = 2 * wanted
-    _C.differentiate_rows(*call, upstream.data_ptr(), 0)
+    _C.differentiate_rows(*call, upstream.data_ptr(), 0, a.data_ptr())
     assert torch.equal(a, torch.stack([wanted, -wanted], 1).to(dtype))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from airl_fast import linear_logprob
-from airl_fast.ops import _cpu_head, _head
+from airl_fast.ops import _cpu_gradients, _cpu_head, _head
 from tests import oracle
 
 pytestmark = pytest.mark.usefixtures("served_by")
@@ -307,9 +307,9 @@ def memory(run):
 
 def test_chunk_rows_states_its_budget(served_by):
     if served_by == "cpu":
-        assert _cpu_head.chunk_rows(151_936, 0) == 220
-        assert _cpu_head.chunk_rows(49_152, 2 * 576) == 667
-        assert _cpu_head.chunk_rows(10**9, 0) == 1
+        assert _cpu_gradients.chunk_rows(151_936, 0) == 220
+        assert _cpu_gradients.chunk_rows(49_152, 2 * 576) == 667
+        assert _cpu_gradients.chunk_rows(10**9, 0) == 1
         for shape in ((2048, 49_152, 576), (10**6, 128_256, 2048), (1, 10**9, 1), (9, 7, 10**9)):
             (rows, columns), (count, vocab, width) = _cpu_head.tile_shape(*shape), shape
             assert 1 <= rows <= count
