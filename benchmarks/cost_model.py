@@ -1,239 +1,140 @@
-"""The time of an AIRL step from the shape of the model and of the batch: counted work over rates.
+"""The cost model from the command line: ``python -m benchmarks.cost_model --help``.
 
-    L layers  D hidden  I inner  H heads  K key heads  E = D / H  V vocabulary
-    T packed tokens  N actions  A scores computed by attention  M micro-batches
-
-A Llama-shaped decoder, float32, both models of one shape, f read by the lm head. What is counted:
-
-- products: 2 T P flops for a pass over P weights, twice that for its backward, and P weights
-  streamed from memory each time (all there is to a skinny product);
-- attention: 4 A E flops per head, 10 backward (it makes the scores again);
-- everything elementwise: the floats that it reads and writes, 20 D + 16 H E + 14 K E + 5 I per
-  token and layer (norms, rotary, gathers of the packed layout, residuals, SwiGLU, counted in the
-  code), and as many again backward;
-- the head: 1, 3 or 4 products of 2 N V D (scoring; policy loss; log-probabilities with their
-  gradients, which make the logits again), and what an operator costs per logit and per weight;
-- gradients: fresh memory for every trained weight and micro-batch; the optimiser: per weight;
-- dispatch: seconds per layer and micro-batch, which rule small batches.
-
-Nothing else is in it: not sampling, not packing, not the file system. `cost_rates.py` measures the
-rates, `cost_steps.py` holds the predictions against steps that are run, `cost_gpus.py` carries the
-counted work over to GPUs.
+`costs.py` is the model, `cost_rates.py` its calibration, `cost_steps.py` its validation and
+`cost_gpus.py` what it says about GPUs.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
+import sys
+import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
 
-import numpy as np
+import torch
 
-from airl_fast.packing import Trace, pack, plan_traces
+from airl_fast.packing import Source
+from benchmarks import cost_gpus, cost_rates, cost_steps, environment, page
+from benchmarks.costs import Rates, Workload, step_s
 from benchmarks.packing import ModelShape
 
-KEY_BLOCK = 512  # keys that torch's causal CPU kernel takes at once; blocks above are skipped
-_FLOAT = 4  # bytes
-PHASES = ("scoring", "discriminator update", "energies", "policy update")
+ALLOWED = 0.25  # largest relative error of a prediction
+_HELP = {
+    "calibrate": "measure this machine's rates",
+    "validate": "run steps and hold the predictions against them",
+    "all": "calibrate, validate, predict for GPUs (the default); about 5 minutes",
+    "predict": "predict a step from the stored rates; --layers 24 --group 16 and so on",
+    "gpus": "predictions for 8 and for 1,024 GPUs",
+}
 
 
-@dataclass(frozen=True)
-class Workload:
-    """What a batch asks of a model, summed over its micro-batches."""
-
-    tokens: float  # T, packed
-    actions: float  # N
-    scores: float  # A, per head, that attention computes
-    micro_batches: float = 1  # M
-
-    @classmethod
-    def of(cls, traces: Sequence[Trace], token_budget: int) -> Workload:
-        """Count a batch, cut as the learners cut it."""
-        plan = plan_traces(traces, token_budget)
-        tokens = actions = scores = 0
-        for indices in plan:
-            batch = pack([traces[i] for i in indices])
-            own = batch.cu_segments.diff().numpy().astype(np.int64)
-            prefix = batch.prefix.numpy()
-            before = np.where(prefix >= 0, own[prefix], 0)
-            tokens += batch.num_tokens
-            actions += batch.num_actions
-            scores += attention_scores(own, before)
-        return cls(tokens, actions, scores, len(plan))
-
-    def times(self, factor: float) -> Workload:
-        """The work of ``factor`` such batches."""
-        return Workload(*(factor * getattr(self, field.name) for field in fields(self)))
+def _calibrated(quick: bool) -> dict[str, Any]:
+    _warm_up(0.1 if quick else 3.0)
+    rates, seconds = cost_rates.measure_rates(cost_rates.QUICK if quick else None)
+    return {
+        "environment": environment.describe(),
+        "rates": rates.as_json(),
+        "experiments": seconds,
+    }
 
 
-def attention_scores(own: np.ndarray, before: np.ndarray, block: int | None = KEY_BLOCK) -> int:
-    """Scores of segments of ``own`` tokens that continue ``before`` tokens.
-
-    Args:
-        own: [P].
-        before: [P].
-        block: the kernel leaves out blocks of keys above the diagonal; None: it leaves out none.
-    """
-    whole = own * (own + before)
-    if block is None:
-        return int(whole.sum())
-    causal = own * np.minimum(own, (own + block) // 2)
-    return int(np.where(before > 0, whole, causal).sum())
+def _warm_up(seconds: float) -> None:
+    """A core that has idled is slow for its first second."""
+    x, start = torch.randn(1024, 1024), time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        x @ x
 
 
-@dataclass(frozen=True)
-class HeadRate:
-    """What an operator over the head costs beyond its products."""
-
-    logit: float  # seconds per logit: the row kernel, and the logits' way to memory and back
-    weight: float  # seconds per weight and micro-batch: reading it; writing and adding its gradient
-
-
-@dataclass(frozen=True)
-class Rates:
-    """What this machine does per second; see cost_rates.py for how each is measured.
-
-    Attributes:
-        product: flop/s of a float32 matrix product whose operands are at hand.
-        memory: bytes/s at which a product streams a weight from memory.
-        fresh: bytes/s at which memory is written for the first time (page faults).
-        attention, attention_backward: flop/s of scaled_dot_product_attention.
-        elementwise, elementwise_backward: bytes/s of a trunk's elementwise operations.
-        layer, layer_backward: seconds to dispatch one layer.
-        optimiser: weights/s that are clipped and updated by AdamW.
-        score, policy, gradient: the head's operators: linear_logprob without gradients,
-            linear_policy_loss and linear_logprob with gradients.
-    """
-
-    product: float
-    memory: float
-    fresh: float
-    attention: float
-    attention_backward: float
-    elementwise: float
-    elementwise_backward: float
-    layer: float
-    layer_backward: float
-    optimiser: float
-    score: HeadRate
-    policy: HeadRate
-    gradient: HeadRate
-
-    @classmethod
-    def from_json(cls, values: dict[str, float | dict[str, float]]) -> Rates:
-        """Read what ``asdict`` gave."""
-        return cls(**{k: HeadRate(**v) if isinstance(v, dict) else v for k, v in values.items()})
-
-    def as_json(self) -> dict[str, float | dict[str, float]]:
-        """Plain data."""
-        return asdict(self)
+def _validated(rates: Rates, quick: bool) -> dict[str, Any]:
+    found: dict[str, Any] = {"allowed": ALLOWED}
+    for key, steps in (
+        ("validation", cost_steps.QUICK_STEPS if quick else cost_steps.STEPS),
+        ("outside", cost_steps.QUICK_STEPS if quick else cost_steps.OUTSIDE),
+    ):
+        found[key] = []
+        for step in steps:
+            row = cost_steps.validate(step, rates)
+            errors = ", ".join(f"{name} {error:+.0%}" for name, error in row["error"].items())
+            print(f"{step.name}: {errors}", file=sys.stderr, flush=True)
+            found[key].append(row)
+    return found
 
 
-def layer_weights(shape: ModelShape) -> int:
-    """Weights of one layer that are multiplied by every token."""
-    key_width = shape.hidden // shape.heads * shape.kv_heads
-    return shape.hidden * (2 * shape.hidden + 2 * key_width + 3 * shape.inner)
+def _predict(options: argparse.Namespace, rates: Rates) -> None:
+    shape = ModelShape(**{field.name: getattr(options, field.name) for field in fields(ModelShape)})
+    sizes = (shape.vocab, options.prompts)
+    lengths = (options.prompt, options.completion)
+    samples = cost_steps.random_traces(*sizes, options.group, *lengths)
+    experts = cost_steps.random_traces(*sizes, 1, *lengths, source=Source.EXPERT)
+    seen = Workload.of([*samples, *experts], options.token_budget)
+    parts = step_s(shape, seen, Workload.of(samples, options.token_budget), rates)
+    print(f"{seen.tokens:,} packed tokens, {seen.actions:,} actions, {seen.micro_batches} "
+          "micro-batches; predicted seconds after sampling:")  # fmt: skip
+    for phase, seconds in parts.items():
+        print(f"  {phase:22} {seconds:10.3f}")
 
 
-def trunk_weights(shape: ModelShape) -> int:
-    """Weights of all layers."""
-    return shape.layers * layer_weights(shape)
-
-
-def all_weights(shape: ModelShape) -> int:
-    """Trained weights, the embedding shared with the head; the norms' are left out."""
-    return trunk_weights(shape) + shape.vocab * shape.hidden
-
-
-def elementwise_floats(shape: ModelShape) -> int:
-    """Floats that a token's elementwise operations read and write in one layer."""
-    key_width = shape.hidden // shape.heads * shape.kv_heads
-    return 36 * shape.hidden + 14 * key_width + 5 * shape.inner
-
-
-def trunk_s(shape: ModelShape, work: Workload, rates: Rates) -> float:
-    """Seconds of a forward pass without gradients, below the head."""
-    weights = trunk_weights(shape)
-    return (
-        2 * work.tokens * weights / rates.product
-        + work.micro_batches * weights * _FLOAT / rates.memory
-        + 4 * work.scores * shape.hidden * shape.layers / rates.attention
-        + work.tokens * shape.layers * elementwise_floats(shape) * _FLOAT / rates.elementwise
-        + work.micro_batches * shape.layers * rates.layer
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.cost_model",
+        description="Predicts the time of an AIRL step from the model's shape. Writes "
+        "cost_model.json and cost_model.md, and the tables of docs/performance.md.",
+        epilog="\n".join(f"{name:10} {text}" for name, text in _HELP.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add = parser.add_argument
+    add("command", nargs="?", choices=tuple(_HELP), default="all")
+    add("--quick", action="store_true", help="tiny shapes: does everything work? no speeds")
+    add("--threads", type=int, default=2, metavar="N", help="default: %(default)s")
+    add("--output-dir", type=Path, default=page.FOLDER, metavar="DIR",
+        help="default: docs/performance; only that one updates the document")  # fmt: skip
+    sizes = parser.add_argument_group("predict: the model (default: SmolLM2-135M) and the batch")
+    for field in fields(ModelShape):
+        sizes.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=field.default)
+    for name, default in (("prompts", 8), ("group", 8), ("prompt", 138), ("completion", 124),
+                          ("token-budget", 16384)):  # fmt: skip
+        sizes.add_argument(f"--{name}", type=int, default=default)
+    return parser
 
 
-def trunk_backward_s(shape: ModelShape, work: Workload, rates: Rates) -> float:
-    """Seconds that gradients add to it."""
-    weights, embedding = trunk_weights(shape), shape.vocab * shape.hidden
-    moved = work.tokens * shape.layers * elementwise_floats(shape) * _FLOAT
-    return (
-        4 * work.tokens * weights / rates.product
-        + work.micro_batches * weights * _FLOAT / rates.memory
-        + 10 * work.scores * shape.hidden * shape.layers / rates.attention_backward
-        + moved / rates.elementwise_backward
-        + work.micro_batches * (weights + embedding) * _FLOAT / rates.fresh
-        + work.micro_batches * shape.layers * rates.layer_backward
-    )
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Do what the command says."""
+    options = _parser().parse_args(arguments)
+    path = options.output_dir / "cost_model.json"
+    if options.quick and options.output_dir == page.FOLDER:
+        print("cost_model: --quick needs an --output-dir of its own", file=sys.stderr)
+        return 2
+    fresh = options.command in ("all", "calibrate")
+    if not fresh and not path.is_file():
+        print(f"cost_model: {path} does not exist: run 'calibrate' first", file=sys.stderr)
+        return 2
+    torch.set_num_threads(options.threads)
+    found = {} if fresh else json.loads(path.read_text("utf-8"))
+    if fresh:
+        found = _calibrated(options.quick)
+    rates = Rates.from_json(found["rates"])
+    if options.command == "predict":
+        _predict(options, rates)
+        return 0
+    if options.command in ("all", "validate"):
+        found |= _validated(rates, options.quick)
+    found["gpus"] = cost_gpus.scenarios()
+    if "validation" not in found:
+        options.output_dir.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+        print(page.rates(found["rates"]))
+        return 0
+    print(page.write_costs(found, options.output_dir))
+    worst = max(abs(row["error"]["step"]) for row in found["validation"])
+    if options.command == "gpus" or options.quick or worst <= ALLOWED:
+        return 0
+    print(f"a step is predicted {worst:.0%} off, allowed {ALLOWED:.0%}", file=sys.stderr)
+    return 1
 
 
-def head_s(
-    shape: ModelShape, work: Workload, rates: Rates, products: int, extra: HeadRate
-) -> float:
-    """Seconds of an operator over the head."""
-    logits, weights = work.actions * shape.vocab, shape.vocab * shape.hidden
-    return (
-        products * 2 * logits * shape.hidden / rates.product
-        + logits * extra.logit
-        + work.micro_batches * weights * extra.weight
-    )
-
-
-def scoring_s(shape: ModelShape, work: Workload, rates: Rates) -> float:
-    """Seconds of log pi of every action: a forward pass, one product over the head."""
-    return trunk_s(shape, work, rates) + head_s(shape, work, rates, 1, rates.score)
-
-
-def discriminator_update_s(shape: ModelShape, work: Workload, rates: Rates) -> float:
-    """Seconds of one update of a discriminator with a trunk of its own and the lm head."""
-    return (
-        trunk_s(shape, work, rates)
-        + trunk_backward_s(shape, work, rates)
-        + head_s(shape, work, rates, 4, rates.gradient)
-        + all_weights(shape) / rates.optimiser
-    )
-
-
-def policy_update_s(shape: ModelShape, work: Workload, rates: Rates) -> float:
-    """Seconds of one update of the policy."""
-    return (
-        trunk_s(shape, work, rates)
-        + trunk_backward_s(shape, work, rates)
-        + head_s(shape, work, rates, 3, rates.policy)
-        + all_weights(shape) / rates.optimiser
-    )
-
-
-def step_s(
-    shape: ModelShape, seen: Workload, sampled: Workload, rates: Rates
-) -> dict[str, float]:
-    """Seconds of a step after sampling, by phase and in all.
-
-    Args:
-        shape: of the policy and of the discriminator.
-        seen: samples and demonstrations: scored by the policy, told apart by the discriminator.
-        sampled: the samples: rewarded by the fresh discriminator, learned from by the policy.
-        rates: of this machine.
-    """
-    parts = dict(
-        zip(
-            PHASES,
-            (
-                scoring_s(shape, seen, rates),
-                discriminator_update_s(shape, seen, rates),
-                scoring_s(shape, sampled, rates),
-                policy_update_s(shape, sampled, rates),
-            ),
-            strict=True,
-        )
-    )
-    return {**parts, "step": sum(parts.values())}
+if __name__ == "__main__":
+    sys.exit(main())

@@ -6,6 +6,7 @@ it. A rate is worked out from what its experiment took less what the rates befor
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -19,18 +20,20 @@ from torch.nn.functional import scaled_dot_product_attention
 import airl_fast
 from airl_fast.optimisation import Optimiser
 from airl_fast.packing import pack
-from benchmarks.cost_model import (
+from benchmarks.cost_steps import random_model, random_traces
+from benchmarks.costs import (
     HeadRate,
     Rates,
     Workload,
     trunk_backward_s,
     trunk_s,
 )
-from benchmarks.cost_steps import random_model, random_traces
 from benchmarks.packing import ModelShape
 
 _FLOAT = 4
 _FREE = HeadRate(0.0, 0.0)
+_REFERENCE = ModelShape(vocab=256, hidden=512, inner=1408, layers=3, heads=8, kv_heads=4)
+_DISPATCH = ModelShape(vocab=64, hidden=64, inner=128, layers=12, heads=2, kv_heads=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,17 +43,14 @@ class Sizes:
     product: tuple[tuple[int, int, int], ...] = ((1536, 1280, 512), (1536, 512, 1280))  # m, n, k
     skinny: tuple[int, int, int] = (8, 32768, 512)
     fresh_mib: int = 96
-    attention: tuple[int, int, int, int] = (8, 8, 128, 256)  # n, H, l, m
-    reference: ModelShape = ModelShape(
-        vocab=256, hidden=512, inner=1408, layers=3, heads=8, kv_heads=4
-    )
+    attention: tuple[int, int, int, int] = (4, 8, 256, 384)  # n, H, l, m
+    reference: ModelShape = _REFERENCE
     traces: tuple[int, int, int, int] = (2, 6, 120, 110)  # prompts, G, tokens of each
-    dispatch: ModelShape = ModelShape(
-        vocab=64, hidden=64, inner=128, layers=12, heads=2, kv_heads=1
-    )
+    dispatch: ModelShape = _DISPATCH
     narrow: tuple[int, int, int] = (1200, 24576, 128)  # N, V, D: logits rule
     few: tuple[int, int, int] = (4, 24576, 768)  # weights rule
     weights: tuple[int, int] = (12, 1 << 20)  # tensors and size
+    large_weights: tuple[int, int] = (1, 3 << 23)
     rounds: int = 7
 
 
@@ -65,6 +65,7 @@ QUICK = Sizes(
     narrow=(16, 128, 8),
     few=(2, 128, 32),
     weights=(2, 256),
+    large_weights=(1, 512),
     rounds=3,
 )
 
@@ -114,6 +115,7 @@ def _experiments(sizes: Sizes) -> dict[str, Callable[[], Any]]:
         for operator, call in _heads(n, v, d).items():
             calls[f"{operator} {name}"] = call
     calls["optimiser"] = _optimiser(*sizes.weights)
+    calls["optimiser large"] = _optimiser(*sizes.large_weights)
     return calls
 
 
@@ -134,9 +136,9 @@ def solve(sizes: Sizes, times: dict[str, float]) -> Rates:
         elementwise=float("inf"),
         elementwise_backward=float("inf"),
         layer=times["dispatch"] / sizes.dispatch.layers,
-        layer_backward=_rest(times["dispatch backward"], times["dispatch"])
-        / sizes.dispatch.layers,
-        optimiser=sizes.weights[0] * sizes.weights[1] / times["optimiser"],
+        layer_backward=_rest(times["dispatch backward"], times["dispatch"]) / sizes.dispatch.layers,
+        optimiser=math.prod(sizes.weights) / times["optimiser"],
+        optimiser_large=math.prod(sizes.large_weights) / times["optimiser large"],
         score=_FREE,
         policy=_FREE,
         gradient=_FREE,

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from airl_fast.models import Discriminator
 from airl_fast.optimisation import Optimiser
 from airl_fast.packing import Source, Trace
 from airl_fast.passes import action_logp, offsets, span_energies
-from benchmarks.cost_model import PHASES, Rates, Workload, step_s
+from benchmarks.costs import PHASES, Rates, Workload, step_s
 from benchmarks.packing import TINY, ModelShape
 
 
@@ -52,28 +53,30 @@ def _llama(*sizes: int) -> ModelShape:
 
 
 STEPS = (
-    Step(name="SmolLM2-135M", shape=ModelShape(), prompts=1, group=8, prompt=138, completion=124,
+    Step(name="SmolLM2-135M", shape=ModelShape(), prompts=1, group=4, prompt=138, completion=124,
          repeats=2),
     Step(name="SmolLM2's width, 4 layers", shape=ModelShape(layers=4), prompts=2, group=4,
          prompt=138, completion=124),
     Step(name="deep and narrow", shape=_llama(8192, 192, 512, 16, 3, 1), prompts=6, group=8,
          prompt=60, completion=90),
-    Step(name="shallow and wide", shape=_llama(32000, 1024, 2816, 2, 16, 8), prompts=2, group=6,
+    Step(name="shallow and wide", shape=_llama(32000, 1024, 2816, 2, 16, 8), prompts=1, group=6,
          prompt=100, completion=100),
-    Step(name="large vocabulary", shape=_llama(151936, 448, 1216, 2, 7, 1), prompts=1, group=6,
+    Step(name="large vocabulary", shape=_llama(151936, 448, 1216, 2, 7, 1), prompts=1, group=4,
          prompt=138, completion=124),
-    Step(name="long sequences", shape=_llama(1024, 320, 896, 6, 5, 5), prompts=1, group=4,
+    Step(name="long sequences", shape=_llama(1024, 320, 896, 6, 5, 5), prompts=1, group=3,
          prompt=500, completion=700),
-    Step(name="many micro-batches", shape=_llama(16384, 384, 1024, 6, 6, 2), prompts=14, group=2,
+    Step(name="small micro-batches", shape=_llama(16384, 384, 1024, 4, 6, 2), prompts=14, group=2,
          prompt=180, completion=60, token_budget=700),
+    Step(name="large micro-batches", shape=_llama(512, 512, 1536, 2, 8, 2), prompts=8, group=8,
+         prompt=80, completion=90, token_budget=16384),
     Step(name="large groups", shape=_llama(4096, 256, 704, 8, 4, 2), prompts=2, group=32,
          prompt=80, completion=50),
 )  # fmt: skip
 OUTSIDE = (  # where the model is expected not to hold; reported apart
-    Step(name="25 tokens, 4 narrow layers", shape=_llama(256, 64, 192, 4, 2, 1), prompts=1,
+    Step(name="25 tokens in all", shape=_llama(256, 64, 192, 4, 2, 1), prompts=1,
          group=2, prompt=5, completion=5, repeats=5),
-    Step(name="micro-batches of 14,000 tokens", shape=_llama(512, 512, 1536, 2, 8, 2), prompts=16,
-         group=8, prompt=80, completion=90, token_budget=16384, repeats=2),
+    Step(name="sequences of 4,000 tokens", shape=_llama(256, 128, 256, 2, 2, 2), prompts=1,
+         group=2, prompt=3000, completion=1000, token_budget=8192),
 )  # fmt: skip
 QUICK_STEPS = (
     Step(name="tiny", shape=TINY, prompts=1, group=2, prompt=6, completion=5, repeats=1),
@@ -113,7 +116,8 @@ def random_traces(
 
     def ids(mean: int, generator: np.random.Generator) -> tuple[int, ...]:
         low, high = round(mean * (1 - spread)), round(mean * (1 + spread))
-        return tuple(generator.integers(0, vocab, generator.integers(max(1, low), high + 1)).tolist())
+        length = generator.integers(max(1, low), high + 1)
+        return tuple(generator.integers(0, vocab, length).tolist())
 
     traces = []
     for number in range(prompts):
@@ -172,7 +176,7 @@ class StepRunner:
         advantages = _advantages(torch.cat(energies), samples)
         self.policy_learner.update(samples, advantages)
         clock.append(time.perf_counter())
-        parts = [later - earlier for earlier, later in zip(clock, clock[1:], strict=False)]
+        parts = [later - earlier for earlier, later in pairwise(clock)]
         return {**dict(zip(PHASES, parts, strict=True)), "step": clock[-1] - clock[0]}
 
 
@@ -189,7 +193,7 @@ def _advantages(rewards: torch.Tensor, traces: Sequence[Trace]) -> list[torch.Te
 
 
 def validate(step: Step, rates: Rates) -> dict[str, object]:
-    """Run a step a few times and predict it: seconds by phase, both ways, and the batch's counts."""
+    """Run a step a few times and predict it: seconds by phase, both ways, and what was counted."""
     sizes = (step.shape.vocab, step.prompts)
     lengths = (step.prompt, step.completion)
     samples = random_traces(*sizes, step.group, *lengths, spread=1 / 3)
