@@ -2,8 +2,8 @@
 
 Time and peak extra memory against one size at a time, the others held; `fits.py` has the curve
 that is laid through them. Two operators over the head against N and V; scoring a packed batch with
-a model of SmolLM2-135M's shape against completions per prompt, sequence length and sequences; an
-AIRL step through the learners against sequences, at a fixed token budget.
+a small Llama-shaped model against completions per prompt, sequence length and sequences; an AIRL
+step through the learners against sequences, at a fixed token budget.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from benchmarks.packing import TINY, ModelShape
 
 _ROOT = Path(__file__).resolve().parent.parent
 _BUDGET = 1024  # tokens of a micro-batch of the steps
-_SMALL = ModelShape(vocab=8192, hidden=256, inner=704, layers=4, heads=4, kv_heads=2)
+_SCORED = ModelShape(vocab=16384, hidden=384, inner=1024, layers=6, heads=6, kv_heads=2)
+_TRAINED = ModelShape(vocab=8192, hidden=256, inner=704, layers=4, heads=4, kv_heads=2)
 
 
 @dataclass(frozen=True)
@@ -62,15 +63,14 @@ class Sweep:
 
 def sweeps(quick: bool) -> list[Sweep]:
     """All sweeps; tiny ones where ``quick``."""
-    model = TINY if quick else ModelShape()
-    width = 32 if quick else model.hidden
-    n, v = (32, 256) if quick else (1024, model.vocab)
-    ns = (16, 32, 48, 64) if quick else (256, 512, 1024, 2048, 4096)
+    model, trained = (TINY, TINY) if quick else (_SCORED, _TRAINED)
+    n, v, width = (32, 256, 32) if quick else (512, 32768, 512)
+    ns = (16, 32, 48, 64) if quick else (128, 256, 512, 1024, 2048)
     vs = (128, 256, 384, 512) if quick else (8192, 16384, 32768, 65536, 131072)
     prompt, completion = (6, 5) if quick else (138, 124)
-    groups = (1, 2, 3, 4) if quick else (1, 2, 4, 8, 16)
-    lengths = (8, 12, 16, 24) if quick else (128, 256, 512, 1024, 2048)
-    total = 48 if quick else 2048
+    groups = (1, 2, 3, 4) if quick else (1, 2, 4, 8, 16, 32)
+    lengths = (8, 12, 16, 24) if quick else (128, 256, 512, 1024, 2048, 4096)
+    total = 48 if quick else 4096
     made = []
     for operator, name in (
         (heads.LOGPROB, "linear_logprob"),
@@ -81,9 +81,8 @@ def sweeps(quick: bool) -> list[Sweep]:
             ("V", vs, f"N = {n:,}, D = {width}", partial(_head_of_v, operator, n=n, d=width)),
         ):
             made.append(Sweep(f"{name} against {size}", size, fixed, sizes, build, "1", operator))
-    shape = "a tiny model" if quick else "SmolLM2-135M's shape"
+    shape = _words(model)
     ours = f"{shape}, {prompt} + {completion} tokens"
-    small = TINY if quick else _SMALL
 
     def scored(traces: Callable[[int], list[Trace]]) -> Callable[[int], Callable[[], Any]]:
         return lambda x: _scoring(model, traces(x))
@@ -99,12 +98,15 @@ def sweeps(quick: bool) -> list[Sweep]:
         Sweep("scoring against sequences", "sequences", f"{ours}, a prompt each", groups,
               scored(lambda x: random_traces(model.vocab, x, 1, prompt, completion)), "1"),
         Sweep("step against sequences", "sequences",
-              f"{small.layers} layers, D = {small.hidden}, V = {small.vocab:,}, "
-              f"micro-batches of {_BUDGET:,} tokens",
-              (4, 8, 12, 16) if quick else (16, 32, 64, 128, 256),
-              lambda x: _step(small, x, prompt, completion // 2), "1"),
+              f"{_words(trained)}, micro-batches of {_BUDGET:,} tokens",
+              (4, 8, 12, 16) if quick else (8, 16, 32, 64, 128),
+              lambda x: _step(trained, x, prompt // 2, completion // 2), "1"),
     ]  # fmt: skip
     return made
+
+
+def _words(shape: ModelShape) -> str:
+    return f"{shape.layers} layers, D = {shape.hidden}, V = {shape.vocab:,}"
 
 
 # What is measured
@@ -247,7 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="the start of a sweep's name; others keep their last results")  # fmt: skip
     add("--quick", action="store_true", help="tiny sizes: does everything work? no speeds")
     add("--threads", type=int, default=2, metavar="N", help="default: %(default)s")
-    add("--rounds", type=int, default=4, metavar="N", help="timed calls (default: %(default)s)")
+    add("--rounds", type=int, default=3, metavar="N", help="timed calls (default: %(default)s)")
     add("--output-dir", type=Path, default=page.FOLDER, metavar="DIR",
         help="default: docs/performance; only that one updates the document")  # fmt: skip
     add("--peaks-of", metavar="NAME", help=argparse.SUPPRESS)  # a worker's
