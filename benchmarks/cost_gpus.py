@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -75,20 +76,47 @@ class Job:
         embedding = self.shape.vocab * self.shape.hidden
         return all_weights(self.shape) + (embedding if self.untied else 0)
 
+    def pieces(self, extra: int) -> int:
+        """Micro-batches that the ``group + extra`` completions of a prompt are cut into.
+
+        Raises:
+            ValueError: a sequence is longer than a micro-batch.
+        """
+        together = (self.token_budget - self.prompt) // self.completion
+        if together < 1:
+            raise ValueError(
+                f"expected a token_budget of at least {self.prompt + self.completion}, one "
+                f"sequence, received {self.token_budget}"
+            )
+        return math.ceil((self.group + extra) / together)
+
     def work(self, extra: int) -> Workload:
         """Counted work of ``group + extra`` completions of every prompt."""
-        count = self.group + extra
-        own = np.array([self.prompt] + [self.completion] * count)
-        before = np.array([0] + [self.prompt] * count)
-        tokens = self.prompt + count * self.completion
+        count, pieces = self.group + extra, self.pieces(extra)
+        own = np.array([self.prompt] * pieces + [self.completion] * count)
+        before = np.array([0] * pieces + [self.prompt] * count)
         scores = attention_scores(own, before, block=128)
-        return Workload(tokens, count * self.completion, scores, 0).times(self.prompts)
+        return Workload(int(own.sum()), count * self.completion, scores, 0).times(self.prompts)
+
+    def micro_batches(self, gpus: int) -> int:
+        """Micro-batches of each of ``gpus`` GPUs, demonstrations included."""
+        pieces = self.pieces(1)
+        if pieces > 1:
+            return math.ceil(pieces * self.prompts / gpus)
+        return math.ceil(self.work(1).tokens / gpus / self.token_budget)
 
 
 QWEN_1_5B = ModelShape(vocab=151936, hidden=1536, inner=8960, layers=28, heads=12, kv_heads=2)
 QWEN_7B = ModelShape(vocab=152064, hidden=3584, inner=18944, layers=28, heads=28, kv_heads=4)
-MODELS = (("1.5B", QWEN_1_5B, False), ("7B", QWEN_7B, True))
-LENGTHS = (("GSM8K", 138, 124), ("long reasoning", 256, 2048))
+MODELS = (  # micro-batches that fit beside the states; two long sequences for the larger
+    ("1.5B", {"shape": QWEN_1_5B, "token_budget": 16384}),
+    ("7B", {"shape": QWEN_7B, "untied": True, "token_budget": 4608}),
+)
+LENGTHS = (
+    ("GSM8K", {"prompt": 138, "completion": 124}),
+    ("long reasoning", {"prompt": 256, "completion": 2048}),
+)
+SCALING = (8, 64, 256, 1024)  # GPUs for the same batch
 
 
 def pass_flops(shape: ModelShape, work: Workload, *, backward: bool, head: int) -> float:
@@ -109,6 +137,16 @@ def step_flops(job: Job) -> float:
     )
 
 
+def activation_bytes(shape: ModelShape) -> int:
+    """Bytes that a token keeps for the backward pass in bf16, norms and rotary fused.
+
+    Per layer: two norms' inputs and outputs, queries, attention's output (6 D); keys and values
+    (2 K E); gate, up, SiLU and product (4 I).
+    """
+    key_width = shape.hidden // shape.heads * shape.kv_heads
+    return 2 * shape.layers * (6 * shape.hidden + 2 * key_width + 4 * shape.inner)
+
+
 def predict(job: Job, gpus: int, gpu: GPU | None = None) -> dict[str, float | bool]:
     """Seconds of a step after sampling on ``gpus`` GPUs, its parts, and bytes per GPU.
 
@@ -118,14 +156,19 @@ def predict(job: Job, gpus: int, gpu: GPU | None = None) -> dict[str, float | bo
         gpu: the hardware.
 
     Raises:
-        ValueError: not a multiple of a node's GPUs.
+        ValueError: not a multiple of a node's GPUs, or more of them than prompts.
     """
     gpu = gpu or GPU()
     if gpus < 1 or gpus % gpu.node:
         raise ValueError(f"expected a multiple of {gpu.node} GPUs, received {gpus}: fill the nodes")
+    if gpus > job.prompts:
+        raise ValueError(
+            f"expected at most {job.prompts} GPUs, one a prompt, received {gpus}: completions of "
+            "one prompt share its tokens"
+        )
     nodes, weights, layers = gpus // gpu.node, job.weights, job.shape.layers
     tokens = job.work(1).tokens / gpus
-    micro_batches = max(1, math.ceil(tokens / job.token_budget))
+    micro_batches = job.micro_batches(gpus)
     compute = step_flops(job) / gpus / (gpu.peak * gpu.share)
     # two scoring passes; two updates of a forward and a backward pass, and an update's 30 bytes a
     # weight: bf16 weight, float32 weight, two moments read and written, the gradient read
@@ -141,7 +184,7 @@ def predict(job: Job, gpus: int, gpu: GPU | None = None) -> dict[str, float | bo
         reduce += 2 * 2 * (nodes - 1) * gpu.hop
     alone = max(compute, launch) + memory
     states = 2 * 18 * weights / gpu.node
-    activations = min(tokens, job.token_budget) * 34 * job.shape.hidden * layers
+    activations = min(tokens, job.token_budget) * activation_bytes(job.shape)
     held = states + activations + 2 * 2 * weights / layers + 2**27
     return {
         "tokens per GPU": tokens,
@@ -154,6 +197,7 @@ def predict(job: Job, gpus: int, gpu: GPU | None = None) -> dict[str, float | bo
         "overlapped": max(alone, gather + reduce),
         "not overlapped": alone + gather + reduce,
         "GB per GPU": held / 1e9,
+        "break-even tokens": gather / compute * tokens / micro_batches,
         "fits": held < 0.9 * gpu.capacity,
         "share of peak": step_flops(job) / gpus / gpu.peak / (alone + gather + reduce),
         "sampling at least": sampling_s(job, gpus, gpu),
@@ -178,26 +222,32 @@ def sampling_s(job: Job, gpus: int, gpu: GPU) -> float:
 
 def scenarios() -> list[dict[str, object]]:
     """Both models and both lengths: on 8 GPUs, on 1,024 with 128 times the batch, and the same."""
-    rows: list[dict[str, object]] = []
-    for name, shape, untied in MODELS:
-        for lengths, prompt, completion in LENGTHS:
-            for gpus, factor in ((8, 1), (1024, 128), (1024, 1)):
-                job = Job(
-                    name=name,
-                    shape=shape,
-                    untied=untied,
-                    prompts=1024 * factor,
-                    prompt=prompt,
-                    completion=completion,
-                )
-                rows.append(
-                    {
-                        "model": name,
-                        "weights": job.weights,
-                        "lengths": lengths,
-                        "prompts": job.prompts,
-                        "gpus": gpus,
-                        **predict(job, gpus),
-                    }
-                )
-    return rows
+    return [
+        _row(name, model, lengths, sizes, prompts=1024 * factor, gpus=gpus)
+        for name, model in MODELS
+        for lengths, sizes in LENGTHS
+        for gpus, factor in ((8, 1), (1024, 128), (1024, 1))
+    ]
+
+
+def scaling() -> list[dict[str, object]]:
+    """The same batch of short sequences on more and more GPUs: where adding them stops to pay."""
+    return [
+        _row(name, model, *LENGTHS[0], prompts=1024, gpus=gpus)
+        for name, model in MODELS
+        for gpus in SCALING
+    ]
+
+
+def _row(
+    name: str,
+    model: dict[str, Any],
+    lengths: str,
+    sizes: dict[str, int],
+    *,
+    prompts: int,
+    gpus: int,
+) -> dict[str, object]:
+    job = Job(name=name, prompts=prompts, **model, **sizes)
+    about = {"model": name, "weights": job.weights, "lengths": lengths, "prompts": prompts}
+    return {**about, "gpus": gpus, **predict(job, gpus)}

@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if options.command in ("all", "validate"):
         found |= _validated(rates, options.quick)
-    found["gpus"] = cost_gpus.scenarios()
+    found["gpus"], found["scaling"] = cost_gpus.scenarios(), cost_gpus.scaling()
     if "validation" not in found:
         options.output_dir.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(found, indent=1) + "\n", "utf-8")

@@ -191,6 +191,8 @@ def cost_blocks(found: Mapping[str, Any]) -> dict[str, str]:
         "cost verdict": verdict(found["validation"], found["allowed"]),
         "cost outside": validation(found["outside"]),
         "cost gpus": gpus(found["gpus"]),
+        "cost scaling": scaling(found["scaling"]),
+        "cost break-even": break_even(found["gpus"]),
     }
 
 
@@ -274,3 +276,33 @@ def gpus(rows: Sequence[Mapping[str, Any]]) -> str:
         for row in rows
     ]
     return table(header, lines)
+
+
+def scaling(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The same batch on more and more GPUs."""
+    first = {row["model"]: row for row in reversed(rows)}
+    lines = []
+    for row in rows:
+        base = first[row["model"]]
+        gain = base["not overlapped"] / row["not overlapped"] * base["gpus"] / row["gpus"]
+        parts = [f"{row[part] * 1e3:,.0f}" for part in ("compute", "launch", "gather", "reduce")]
+        lines.append(
+            [row["model"], f"{row['gpus']:,}", f"{row['tokens per GPU']:,.0f}", *parts,
+             f"{row['overlapped'] * 1e3:,.0f} to {row['not overlapped'] * 1e3:,.0f}",
+             f"{gain:.0%}"]
+        )  # fmt: skip
+    header = ["model", "GPUs", "tokens a GPU", "compute, ms", "launch, ms", "gather, ms",
+              "reduce, ms", "step, predicted, ms", "efficiency"]  # fmt: skip
+    return table(header, lines)
+
+
+def break_even(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One sentence a model: the micro-batch whose gathers take as long as its products."""
+    tokens = {(r["model"], r["lengths"]): r["break-even tokens"] for r in rows}
+    parts = [f"{value:,.0f} tokens ({model}, {lengths})" for (model, lengths), value in
+             tokens.items()]  # fmt: skip
+    return (
+        "Gathering the weights takes as long as computing with them at micro-batches of "
+        + ", ".join(parts)
+        + "; smaller ones wait for NVLink."
+    )
