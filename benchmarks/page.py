@@ -44,15 +44,20 @@ def write_growth(found: dict[str, Any], order: Sequence[str], folder: Path) -> P
     found = {**found, "sweeps": [sweeps[name] for name in order if name in sweeps]}
     path.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     plots = _plots(found["sweeps"], folder)
-    blocks = {
-        "growth machine": machine(found["environment"]),
-        "growth exponents": exponents(found["sweeps"]),
-        "growth points": points(found["sweeps"]),
-    }
+    blocks = growth_blocks(found)
     text = "\n\n".join(["# How cost grows", *blocks.values(), *(f"![{p}]({p})" for p in plots)])
     (folder / "growth.md").write_text(text + "\n", "utf-8")
     _update(blocks, folder)
     return folder / "growth.md"
+
+
+def growth_blocks(found: Mapping[str, Any]) -> dict[str, str]:
+    """The blocks of the sweeps."""
+    return {
+        "growth machine": machine(found["environment"]),
+        "growth exponents": exponents(found["sweeps"]),
+        "growth points": points(found["sweeps"]),
+    }
 
 
 def write_costs(found: dict[str, Any], folder: Path) -> Path:
@@ -258,8 +263,8 @@ def verdict(rows: Sequence[Mapping[str, Any]], allowed: float) -> str:
 
 def gpus(rows: Sequence[Mapping[str, Any]]) -> str:
     """Predictions for GPUs, none of them measured."""
-    header = ["model, lengths", "GPUs", "prompts a step", "tokens a GPU", "compute", "gather",
-              "reduce", "step, predicted", "share of peak", "sampling, at least",
+    header = ["model, lengths", "GPUs", "prompts a step", "tokens a GPU", "compute, s", "gather, s",
+              "reduce, s", "step, predicted, s", "share of peak", "sampling, s, at least",
               "GB a GPU"]  # fmt: skip
     lines = [
         [
@@ -267,15 +272,20 @@ def gpus(rows: Sequence[Mapping[str, Any]]) -> str:
             f"{row['gpus']:,}",
             f"{row['prompts']:,}",
             f"{row['tokens per GPU']:,.0f}",
-            *(f"{row[part]:.2g} s" for part in ("compute", "gather", "reduce")),
-            f"{row['overlapped']:.3g} to {row['not overlapped']:.3g} s",
+            *(_short(row[part]) for part in ("compute", "gather", "reduce")),
+            f"{_short(row['overlapped'])} to {_short(row['not overlapped'])}",
             f"{row['share of peak']:.0%}",
-            f"{row['sampling at least']:.2g} s",
+            _short(row["sampling at least"]),
             f"{row['GB per GPU']:.0f}" + ("" if row["fits"] else " (too much)"),
         ]
         for row in rows
     ]
     return table(header, lines)
+
+
+def _short(value: float) -> str:
+    """Three digits, without an exponent."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def scaling(rows: Sequence[Mapping[str, Any]]) -> str:
