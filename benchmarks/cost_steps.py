@@ -73,7 +73,7 @@ STEPS = (
          prompt=80, completion=50),
 )  # fmt: skip
 OUTSIDE = (  # where the model is expected not to hold; reported apart
-    Step(name="25 tokens in all", shape=_llama(256, 64, 192, 4, 2, 1), prompts=1,
+    Step(name="two dozen tokens in all", shape=_llama(256, 64, 192, 4, 2, 1), prompts=1,
          group=2, prompt=5, completion=5, repeats=5),
     Step(name="sequences of 4,000 tokens", shape=_llama(256, 128, 256, 2, 2, 2), prompts=1,
          group=2, prompt=3000, completion=1000, token_budget=8192),
