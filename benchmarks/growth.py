@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -64,13 +64,13 @@ class Sweep:
 def sweeps(quick: bool) -> list[Sweep]:
     """All sweeps; tiny ones where ``quick``."""
     model, trained = (TINY, TINY) if quick else (_SCORED, _TRAINED)
-    n, v, width = (32, 256, 32) if quick else (512, 32768, 512)
-    ns = (16, 32, 48, 64) if quick else (128, 256, 512, 1024, 2048)
+    n, v, width = (32, 256, 32) if quick else (256, 32768, 512)
+    ns = (16, 32, 48, 64) if quick else (64, 128, 256, 512, 1024)
     vs = (128, 256, 384, 512) if quick else (8192, 16384, 32768, 65536, 131072)
     prompt, completion = (6, 5) if quick else (138, 124)
-    groups = (1, 2, 3, 4) if quick else (1, 2, 4, 8, 16, 32)
-    lengths = (8, 12, 16, 24) if quick else (128, 256, 512, 1024, 2048, 4096)
-    total = 48 if quick else 4096
+    groups = (1, 2, 3, 4) if quick else (1, 2, 4, 8, 16)
+    lengths = (8, 12, 16, 24) if quick else (128, 256, 512, 1024, 2048)
+    total = 48 if quick else 2048
     made = []
     for operator, name in (
         (heads.LOGPROB, "linear_logprob"),
@@ -99,7 +99,7 @@ def sweeps(quick: bool) -> list[Sweep]:
               scored(lambda x: random_traces(model.vocab, x, 1, prompt, completion)), "1"),
         Sweep("step against sequences", "sequences",
               f"{_words(trained)}, micro-batches of {_BUDGET:,} tokens",
-              (4, 8, 12, 16) if quick else (8, 16, 32, 64, 128),
+              (4, 8, 12, 16) if quick else (8, 16, 32, 64),
               lambda x: _step(trained, x, prompt // 2, completion // 2), "1"),
     ]  # fmt: skip
     return made
@@ -181,17 +181,19 @@ def _timed_head(sweep: Sweep, x: int, rounds: int) -> dict[str, float]:
     return {**point, "product_seconds": row.yardstick_ms / 1e3}
 
 
-def peaks(names: Iterable[str], quick: bool, threads: int) -> dict[str, list[dict[str, float]]]:
-    """Peak extra memory at every size of the named sweeps, each in a process of its own."""
-    found = {}
-    for name in names:
-        command = [sys.executable, "-m", "benchmarks.growth", "--peaks-of", name]
-        command += ["--threads", str(threads), *(["--quick"] if quick else [])]
-        env = {**os.environ, **memory.ENVIRONMENT}
-        done = subprocess.run(command, cwd=_ROOT, env=env, stdout=subprocess.PIPE, text=True)
-        if done.returncode:
-            raise RuntimeError(f"measuring the memory of {name!r} ended with {done.returncode}")
-        found[name] = json.loads(done.stdout.splitlines()[-1])
+def peaks(name: str, quick: bool, threads: int) -> list[dict[str, float]]:
+    """Peak extra memory at every size of a sweep, in a process of its own.
+
+    Raises:
+        RuntimeError: the process failed, most likely for want of memory.
+    """
+    command = [sys.executable, "-m", "benchmarks.growth", "--peaks-of", name]
+    command += ["--threads", str(threads), *(["--quick"] if quick else [])]
+    env = {**os.environ, **memory.ENVIRONMENT}
+    done = subprocess.run(command, cwd=_ROOT, env=env, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise RuntimeError(f"measuring the memory of {name!r} ended with {done.returncode}")
+    found: list[dict[str, float]] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
@@ -206,18 +208,13 @@ def _peaks_here(sweep: Sweep) -> list[dict[str, float]]:
     return points
 
 
-def run(names: Sequence[str], *, quick: bool, rounds: int) -> list[dict[str, Any]]:
-    """Measure and fit the named sweeps."""
-    results = []
-    chosen = [sweep for sweep in sweeps(quick) if sweep.name in names]
-    for sweep in chosen:
-        print(f"{sweep.name} ...", file=sys.stderr, flush=True)
-        points = time_sweep(sweep, rounds)
-        if memory.supported():
-            found = peaks([sweep.name], quick, torch.get_num_threads())[sweep.name]
-            points = [{**point, **peak} for point, peak in zip(points, found, strict=True)]
-        results.append(_summary(sweep, points))
-    return results
+def measure(sweep: Sweep, *, quick: bool, rounds: int) -> dict[str, Any]:
+    """Measure and fit a sweep."""
+    points = time_sweep(sweep, rounds)
+    if memory.supported():
+        found = peaks(sweep.name, quick, torch.get_num_threads())
+        points = [{**point, **peak} for point, peak in zip(points, found, strict=True)]
+    return _summary(sweep, points)
 
 
 def _summary(sweep: Sweep, points: list[dict[str, float]]) -> dict[str, Any]:
@@ -260,16 +257,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps(_peaks_here(sweep)))
         return 0
     known = [sweep.name for sweep in sweeps(options.quick)]
-    names = [name for name in known if not options.only or name.startswith(tuple(options.only))]
-    if not names:
+    chosen = [
+        sweep
+        for sweep in sweeps(options.quick)
+        if not options.only or sweep.name.startswith(tuple(options.only))
+    ]
+    if not chosen:
         print(f"growth: --only: expected the start of one of: {'; '.join(known)}", file=sys.stderr)
         return 2
     if options.quick and options.output_dir == page.FOLDER:
         print("growth: --quick needs an --output-dir of its own", file=sys.stderr)
         return 2
-    results = run(names, quick=options.quick, rounds=options.rounds)
-    found = {"environment": environment.describe(), "rounds": options.rounds, "sweeps": results}
-    print(page.write_growth(found, known, options.output_dir))
+    found = {"environment": environment.describe(), "rounds": options.rounds}
+    for sweep in chosen:  # each is written as soon as it is done
+        start = time.perf_counter()
+        results = [measure(sweep, quick=options.quick, rounds=options.rounds)]
+        path = page.write_growth({**found, "sweeps": results}, known, options.output_dir)
+        print(f"{sweep.name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+    print(path)
     return 0
 
 
