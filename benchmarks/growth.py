@@ -99,7 +99,7 @@ def sweeps(quick: bool) -> list[Sweep]:
               scored(lambda x: random_traces(model.vocab, x, 1, prompt, completion)), "1"),
         Sweep("step against sequences", "sequences",
               f"{_words(trained)}, micro-batches of {_BUDGET:,} tokens",
-              (4, 8, 12, 16) if quick else (8, 16, 32, 64),
+              (4, 8, 12, 16) if quick else (4, 8, 16, 32, 64),
               lambda x: _step(trained, x, prompt // 2, completion // 2), "1"),
     ]  # fmt: skip
     return made
