@@ -57,11 +57,9 @@ def fit_growth(x: Sequence[float], y: Sequence[float]) -> Growth:
         raise ValueError(f"expected sizes and costs above 0, received {min(x)} and {min(y)}")
     sizes, costs = np.asarray(x, float), np.asarray(y, float)
     unit = sizes / sizes.max()  # so that b is the cost of the largest size, whatever p
-    fits = [_with_exponent(unit, costs, p) for p in _EXPONENTS]
-    errors = np.array([error for error, _, _ in fits])
+    errors, fixed, scales = _profile(unit, costs)
     best = int(errors.argmin())
-    _, a, b = fits[best]
-    p = float(_EXPONENTS[best])
+    a, b, p = float(fixed[best]), float(scales[best]), float(_EXPONENTS[best])
     freedom = len(x) - 3
     # the exponents whose residuals an F test does not tell from the best
     limit = errors[best] * (1 + _t(freedom) ** 2 / freedom) if freedom > 0 else math.inf
@@ -79,17 +77,27 @@ def fit_growth(x: Sequence[float], y: Sequence[float]) -> Growth:
     )
 
 
-def _with_exponent(x: np.ndarray, y: np.ndarray, p: float) -> tuple[float, float, float]:
-    """Least squares on relative errors for a given p: their sum of squares, a and b."""
-    columns = np.stack([1 / y, x**p / y], axis=1)
-    candidates = []
-    for used in ((0, 1), (0,), (1,)):  # non-negative least squares in two unknowns
-        solution = np.zeros(2)
-        solution[list(used)] = np.linalg.lstsq(columns[:, used], np.ones(len(y)), rcond=None)[0]
-        if solution.min() >= 0:
-            error = float(((columns @ solution - 1) ** 2).sum())
-            candidates.append((error, float(solution[0]), float(solution[1])))
-    return min(candidates)
+def _profile(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For every exponent, by least squares on relative errors: their sum of squares, a and b."""
+    u, w = 1 / y, x ** _EXPONENTS[:, None] / y  # [n], [exponents, n]
+    uu, ww, uw, su, sw = u @ u, (w * w).sum(1), w @ u, u.sum(), w.sum(1)
+    determinant = uu * ww - uw**2
+    apart = determinant > 1e-12 * uu * ww  # x^0 is the fixed part again
+    safe = np.where(apart, determinant, 1.0)
+    nothing = np.zeros_like(sw)
+    # non-negative least squares in two unknowns: both, or one of them alone
+    candidates = [
+        ((su * ww - sw * uw) / safe, (sw * uu - su * uw) / safe, apart),
+        (nothing + su / uu, nothing, True),
+        (nothing, sw / ww, True),
+    ]
+    found = []
+    for a, b, valid in candidates:
+        error = ((a[:, None] * u + b[:, None] * w - 1) ** 2).sum(1)
+        found.append((np.where(valid & (a >= 0) & (b >= 0), error, np.inf), a, b))
+    errors, a, b = (np.stack(parts) for parts in zip(*found, strict=True))
+    choice = errors.argmin(0), np.arange(len(_EXPONENTS))
+    return errors[choice], a[choice], b[choice]
 
 
 def _slope(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:

@@ -69,12 +69,11 @@ def test_fits_find_the_exponent_beside_a_fixed_part(p: float, fixed: float) -> N
 def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
     rng = np.random.default_rng(0)
     x = [float(2**i) for i in range(8)]
-    inside = []
-    for _ in range(200):
-        y = [(3.0 + 0.5 * size) * rng.lognormal(0.0, 0.03) for size in x]
-        fit = fit_growth(x, y)
-        inside.append(fit.low <= 1.0 <= fit.high)
-    assert 0.88 <= np.mean(inside) <= 0.995  # 95%, within three standard errors and the F test's
+    noisy = [[(3.0 + 0.5 * s) * rng.lognormal(0.0, 0.03) for s in x] for _ in range(200)]
+    fits = [fit_growth(x, y) for y in noisy]
+    # 95%, less three standard errors of 200 draws and what the F test's linearisation may miss
+    assert np.mean([fit.low <= 1.0 <= fit.high for fit in fits]) >= 0.88
+    assert np.median([fit.high - fit.low for fit in fits]) < 0.5  # and they say something
 
 
 def test_what_does_not_grow_has_slope_zero() -> None:
@@ -93,8 +92,8 @@ def test_fits_refuse_what_has_no_exponent(x: list[float], y: list[float]) -> Non
 # Counts against torch's flop counter
 
 
-def _counted(training: bool) -> dict[str, int]:
-    """Flops of a tiny trunk on a packed batch, by kind of operation."""
+def _counted(training: bool) -> int:
+    """Flops of the linear layers of a tiny trunk on a packed batch."""
     model = random_model(SHAPE)
     batch = pack(_traces(SHAPE))
     with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(training):
@@ -102,9 +101,8 @@ def _counted(training: bool) -> dict[str, int]:
         if training:
             hidden.sum().backward()
     found = counter.get_flop_counts()["Global"]
-    names = {str(operation): flops for operation, flops in found.items()}
-    attention = sum(flops for name, flops in names.items() if "attention" in name)
-    return {"products": sum(names.values()) - attention, "attention": attention}
+    # attention and rotary embeddings are other operations (bmm)
+    return sum(n for operation, n in found.items() if str(operation) in ("aten.mm", "aten.addmm"))
 
 
 def _traces(shape: ModelShape) -> list:
@@ -114,10 +112,9 @@ def _traces(shape: ModelShape) -> list:
 def test_products_of_a_trunk() -> None:
     work = replace(Workload.of(_traces(SHAPE), 1 << 20), scores=0)
     forward, both = _counted(training=False), _counted(training=True)
-    assert costs.trunk_s(SHAPE, work, ONLY_FLOPS) == forward["products"]
+    assert costs.trunk_s(SHAPE, work, ONLY_FLOPS) == forward > 0
     # the input of the first layer needs a gradient too: the embedding is trained
-    backward = both["products"] - forward["products"]
-    assert costs.trunk_backward_s(SHAPE, work, ONLY_FLOPS) == backward
+    assert costs.trunk_backward_s(SHAPE, work, ONLY_FLOPS) == both - forward
 
 
 def test_flops_of_attention() -> None:
@@ -125,14 +122,13 @@ def test_flops_of_attention() -> None:
     heads, queries, keys, size = 3, 5, 8, 16
     q = torch.randn(1, heads, queries, size, requires_grad=True)
     k, v = (torch.randn(1, heads, keys, size, requires_grad=True) for _ in range(2))
-    scores = q @ k.transpose(-2, -1)
     with FlopCounterMode(display=False) as counter:
         weights = (q @ k.transpose(-2, -1)).softmax(-1)
         out = weights @ v
         forward = counter.get_total_flops()
         out.sum().backward()
         backward = counter.get_total_flops() - forward
-    count = scores[0, 0].numel()
+    count = queries * keys
     shape = ModelShape(vocab=2, hidden=heads * size, inner=1, layers=1, heads=heads, kv_heads=heads)
     work = Workload(0, 0, count, 0)
     assert costs.trunk_s(shape, work, ONLY_FLOPS) == forward
@@ -168,7 +164,7 @@ def test_scores_of_attention_by_brute_force(own: list[int], before: list[int]) -
 
     counted = costs.attention_scores(np.array(own), np.array(before))
     exact = sum(map(blocks, own, before, strict=True))
-    assert counted == pytest.approx(exact, rel=0.35)
+    assert counted == pytest.approx(exact, rel=0.05)
     if max(own) <= 512:
         assert counted == exact
     whole = costs.attention_scores(np.array(own), np.array(before), block=None)
