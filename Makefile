@@ -1,7 +1,7 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install test lint types format demo clean
+.PHONY: install test lint types format demo performance clean
 
 install: ## an environment with the package, editable, and all that development needs
 	python3 -m venv $(VENV)
@@ -23,6 +23,10 @@ format:
 
 demo:
 	$(BIN)/airl-fast demo --output-dir runs/demo
+
+performance: ## every number of docs/performance.md, again; about ten minutes, best alone
+	$(BIN)/python -m benchmarks.growth
+	$(BIN)/python -m benchmarks.cost_model
 
 clean: ## what builds and tests leave behind; environments and runs stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

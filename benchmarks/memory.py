@@ -16,7 +16,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from typing import Any
 from benchmarks.harness import Case, Row, Variant
 
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MKL_DISABLE_FAST_MM": "1"}
+ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MKL_DISABLE_FAST_MM": "1"}
 _ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -59,7 +59,7 @@ def _worker(settings: Any, wanted: list[list[str]]) -> Iterable[dict[str, float]
     process = subprocess.Popen(
         command,
         cwd=_ROOT,
-        env={**os.environ, **_ENVIRONMENT},
+        env={**os.environ, **ENVIRONMENT},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -78,13 +78,18 @@ def peak_of(case: Case, variant: Variant) -> dict[str, float]:
     """Peak extra MiB of the second call of a variant, and MiB of its results."""
     prepared = variant.prepare(case.inputs())
     with variant.context():
-        result = prepared.call()
-        del result
-        gc.collect()
-        before = _resident("VmRSS")
-        _CLEAR.write_text("5")
-        result = prepared.call()
-        peak = _resident("VmHWM")
+        return peak_of_call(prepared.call)
+
+
+def peak_of_call(call: Callable[[], Any]) -> dict[str, float]:
+    """Peak extra MiB of the second call, and MiB of its results (tensors, or a dict of them)."""
+    result = call()
+    del result
+    gc.collect()
+    before = _resident("VmRSS")
+    _CLEAR.write_text("5")
+    result = call()
+    peak = _resident("VmHWM")
     return {"peak_mib": max(0.0, peak - before), "result_mib": _mib(result)}
 
 
