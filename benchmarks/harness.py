@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,10 +35,14 @@ class Prepared:
     Attributes:
         call: what is timed; returns whatever the formulation returns.
         read: turns that into the case's outputs, in the case's layout; not timed.
+        reset: undoes what the last call changed; before every call, not timed.
+        parts: seconds of the parts of a call, from what it returned.
     """
 
     call: Callable[[], Any]
     read: Callable[[Any], Outputs] = lambda outputs: outputs
+    reset: Callable[[], None] = lambda: None
+    parts: Callable[[Any], Mapping[str, float]] = lambda outputs: {}
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class Variant:
         backend: of airl_fast; "-" for a peer.
         context: entered around warm-up and timing, such as a forced backend.
         note: what a reader must know about the formulation.
+        once: a call takes minutes: it is made once, without a warm-up, timed and checked.
     """
 
     peer: str
@@ -58,6 +63,7 @@ class Variant:
     backend: str = "-"
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
     note: str = ""
+    once: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,8 @@ class Case:
         least: yardsticks that the operator cannot do without; None where that means nothing.
         traffic: bytes that must be read and written, for memory-bound operators.
         facts: more columns for each peer, such as tokens.
+        rounds: the most rounds, for calls of many seconds, which are never repeated in a sample.
+        memory: whether to measure peak memory: two more calls of each variant.
     """
 
     operator: str
@@ -110,6 +118,8 @@ class Case:
     traffic: int | None = None
     facts: Callable[[Any], Mapping[str, Mapping[str, float]]] | None = None
     group: str = "main"  # or "sweep": only in the plots against N and V
+    rounds: int | None = None
+    memory: bool = True
 
     @property
     def key(self) -> str:
@@ -137,6 +147,8 @@ class Row:
     yardstick_ms: float | None = None
     ratio: float | None = None  # median over rounds of time over the yardstick's, same round
     least: float | None = None
+    against_ours: float | None = None  # median over rounds of time over airl_fast's, same round
+    parts: dict[str, float] = field(default_factory=dict)  # median ms of the parts of a call
     gb_s: float | None = None
     peak_mib: float | None = None  # peak extra memory, results included
     result_mib: float | None = None  # of which results (outputs and gradients)
@@ -150,7 +162,8 @@ class Timing:
     """How to time: rounds of all variants in random order, warm-up apart.
 
     Attributes:
-        rounds: calls (or batches of calls) per variant; the median is reported.
+        rounds: calls (or batches of calls) per variant; the median is reported. A case with calls
+            of many seconds has fewer.
         least_s: a sample repeats calls until it lasts this long, for calls of microseconds.
         seed: of the order within each round.
     """
@@ -186,18 +199,34 @@ def run_case(case: Case, timing: Timing, *, peers: Sequence[str] | None = None) 
         row.facts = dict(facts.get(variant.peer, {}))
         warmed = _warmed(case, variant, row, inputs, expected) if passed else None
         if warmed is not None:
-            live.append(_Live(variant, row, warmed))
+            live.append(warmed)
     if live:
         _time(case, live, timing, inputs, expected)
     return rows
 
 
-class _Live(NamedTuple):
-    """A variant that was right so far."""
+@dataclass
+class _Live:
+    """A variant that was right so far, with its samples: seconds, and the parts of them."""
 
     variant: Variant
     row: Row
     prepared: Prepared
+    seconds: list[float] = field(default_factory=list)
+    parts: list[Mapping[str, float]] = field(default_factory=list)
+
+    def sample(self, repeats: int = 1) -> Any:
+        """Time ``repeats`` calls and return what the last of them gave."""
+        self.prepared.reset()
+        seconds, result = _sample(self.prepared.call, self.variant.context, repeats)
+        self.seconds.append(seconds)
+        self.parts.append(self.prepared.parts(result))
+        return result
+
+    def forget(self) -> None:
+        """Drop the samples: they were the warm-up."""
+        self.seconds.clear()
+        self.parts.clear()
 
 
 def _row(case: Case, variant: Variant, timing: Timing) -> Row:
@@ -211,8 +240,12 @@ def _row(case: Case, variant: Variant, timing: Timing) -> Row:
         yardstick=case.yardstick[0],
         note=variant.note,
         least=case.least,
-        rounds=timing.rounds,
+        rounds=1 if variant.once else _rounds(case, timing),
     )
+
+
+def _rounds(case: Case, timing: Timing) -> int:
+    return timing.rounds if case.rounds is None else min(case.rounds, timing.rounds)
 
 
 def _checked_small(case: Case, variant: Variant, row: Row) -> bool:
@@ -228,19 +261,21 @@ def _warmed(
     inputs: Any,
     expected: Mapping[str, Sampled],
     where: str = "timed inputs",
-) -> Prepared | None:
+) -> _Live | None:
     """Prepare, run once and check; None if that shows that the variant cannot be timed."""
     try:
-        prepared = variant.prepare(inputs)
-        with variant.context():
-            outputs = prepared.read(prepared.call())
+        live = _Live(variant, row, variant.prepare(inputs))
+        outputs = live.prepared.read(live.sample())
     except UnavailableError as reason:
         row.status, row.reason = "unavailable", str(reason)
     except Exception as error:  # a peer may fail in any way; the row says how
         row.status = "unavailable" if "was forced but cannot serve" in str(error) else "failed"
         row.reason = f"{type(error).__name__}: {str(error).strip()[:300]}"
     else:
-        return prepared if _accept(case, row, outputs, expected, where) else None
+        if _accept(case, row, outputs, expected, where):
+            if not variant.once:
+                live.forget()
+            return live
     return None
 
 
@@ -255,6 +290,7 @@ def _accept(
             row.status = "wrong"
             row.reason = f"{name} on {where}: relative error {error:.2g}, allowed {limit:.0e}"
             row.ms = row.ms_iqr = row.ratio = row.gb_s = row.yardstick_ms = None
+            row.against_ours = None
             if not math.isfinite(row.error):
                 row.error = None  # JSON has no NaN; the reason says it
             return False
@@ -269,28 +305,35 @@ def _time(
     expected: Mapping[str, Sampled],
 ) -> None:
     measure = case.yardstick[1](inputs)
-    calls: list[tuple[Callable[[], Any], Callable[[], AbstractContextManager[Any]]]]
-    calls = [(measure, nullcontext), *((x.prepared.call, x.variant.context) for x in live)]
-    repeats = [_repeats(*calls[0], timing.least_s)]
-    if case.least and repeats == [1]:  # what needs a product lasts as long: all were warmed up
-        repeats *= len(calls)
+    yardstick: list[float] = []
+    taking_turns = [x for x in live if not x.variant.once]
+    repeats = [_repeats(measure, nullcontext, timing.least_s)]
+    # What lasts as long as a product, or many seconds, was warmed up and is called once a sample.
+    if (case.least and repeats == [1]) or case.rounds is not None:
+        repeats += [1] * len(taking_turns)
     else:
-        repeats += [_repeats(*call, timing.least_s) for call in calls[1:]]
-    samples: list[list[float]] = [[] for _ in calls]
-    order = list(range(len(calls)))
+        repeats += [
+            _repeats(x.prepared.call, x.variant.context, timing.least_s) for x in taking_turns
+        ]
+    order = list(range(len(repeats)))
     rng = random.Random(timing.seed)
-    for turn in range(timing.rounds):
+    rounds = _rounds(case, timing)
+    for turn in range(rounds):
         rng.shuffle(order)
         for which in order:
-            seconds, result = _sample(*calls[which], repeats[which])
-            samples[which].append(seconds)
-            if which and turn == timing.rounds - 1:
-                _, row, prepared = live[which - 1]
-                _accept(case, row, prepared.read(result), expected, "the last timed output")
+            if not which:
+                yardstick.append(_sample(measure, nullcontext, repeats[0])[0])
+                continue
+            x = taking_turns[which - 1]
+            result = x.sample(repeats[which])
+            if turn == rounds - 1:
+                read = x.prepared.read(result)
+                _accept(case, x.row, read, expected, "the last timed output")
             del result
-    for seconds_of, x in zip(samples[1:], live, strict=True):
-        if x.row.status == "ok":
-            _fill(x.row, seconds_of, samples[0], case.traffic)
+    right = [x for x in live if x.row.status == "ok"]
+    ours = next((x.seconds for x in right if x.row.peer == OURS), None)
+    for x in right:
+        _fill(x, yardstick, ours, case.traffic)
 
 
 def _repeats(
@@ -323,12 +366,27 @@ def _sample(
             gc.enable()
 
 
-def _fill(row: Row, seconds: list[float], yardstick: list[float], traffic: int | None) -> None:
-    first, median, third = statistics.quantiles(seconds, n=4, method="inclusive")
-    row.ms, row.ms_iqr = 1e3 * median, 1e3 * (third - first)
-    row.yardstick_ms = 1e3 * statistics.median(yardstick)
-    row.ratio = statistics.median(a / b for a, b in zip(seconds, yardstick, strict=True))
+def _fill(
+    x: _Live, yardstick: list[float], ours: list[float] | None, traffic: int | None
+) -> None:
+    row, median = x.row, statistics.median(x.seconds)
+    row.ms, row.yardstick_ms = 1e3 * median, 1e3 * statistics.median(yardstick)
+    if len(x.seconds) > 1:
+        first, _, third = statistics.quantiles(x.seconds, n=4, method="inclusive")
+        row.ms_iqr = 1e3 * (third - first)
+    row.ratio = _relative(x.seconds, yardstick)
+    row.against_ours = None if ours is None else _relative(x.seconds, ours)
+    row.parts = {
+        part: 1e3 * statistics.median(parts[part] for parts in x.parts) for part in x.parts[0]
+    }
     row.gb_s = None if traffic is None else traffic / median / 1e9
+
+
+def _relative(seconds: list[float], others: list[float]) -> float:
+    """Median over rounds of the quotient; that of the medians where one was timed apart."""
+    if len(seconds) != len(others):
+        return statistics.median(seconds) / statistics.median(others)
+    return statistics.median(a / b for a, b in zip(seconds, others, strict=True))
 
 
 def _name(dtype: torch.dtype) -> str:
