@@ -147,7 +147,7 @@ class Row:
     yardstick_ms: float | None = None
     ratio: float | None = None  # median over rounds of time over the yardstick's, same round
     least: float | None = None
-    against_ours: float | None = None  # median over rounds of time over airl_fast's, same round
+    against_ours: float | None = None  # the same over the time of the fastest airl_fast
     parts: dict[str, float] = field(default_factory=dict)  # median ms of the parts of a call
     gb_s: float | None = None
     peak_mib: float | None = None  # peak extra memory, results included
@@ -290,7 +290,7 @@ def _accept(
             row.status = "wrong"
             row.reason = f"{name} on {where}: relative error {error:.2g}, allowed {limit:.0e}"
             row.ms = row.ms_iqr = row.ratio = row.gb_s = row.yardstick_ms = None
-            row.against_ours = None
+            row.against_ours, row.parts = None, {}
             if not math.isfinite(row.error):
                 row.error = None  # JSON has no NaN; the reason says it
             return False
@@ -331,7 +331,8 @@ def _time(
                 _accept(case, x.row, read, expected, "the last timed output")
             del result
     right = [x for x in live if x.row.status == "ok"]
-    ours = next((x.seconds for x in right if x.row.peer == OURS), None)
+    own = [x.seconds for x in right if x.row.peer == OURS]
+    ours = min(own, key=statistics.median, default=None)
     for x in right:
         _fill(x, yardstick, ours, case.traffic)
 
@@ -366,9 +367,7 @@ def _sample(
             gc.enable()
 
 
-def _fill(
-    x: _Live, yardstick: list[float], ours: list[float] | None, traffic: int | None
-) -> None:
+def _fill(x: _Live, yardstick: list[float], ours: list[float] | None, traffic: int | None) -> None:
     row, median = x.row, statistics.median(x.seconds)
     row.ms, row.yardstick_ms = 1e3 * median, 1e3 * statistics.median(yardstick)
     if len(x.seconds) > 1:

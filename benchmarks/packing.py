@@ -3,9 +3,8 @@
 G completions of each prompt, GSM8K-like lengths, a Llama-shaped model of random weights (the
 default has the shape of SmolLM2-135M). The padded formulations pad prompts on the left and
 completions on the right, run the whole rectangle, and materialise the logits of the completion
-part: once padded to the longest of the step that the prompts are from (language.py), once to the
-fixed 300 + 824 tokens of the seed paper's configurations. They go through the batch a few rows at
-a time, to fit in memory.
+part: once padded to the longest of a step (language.py), once to the fixed 300 + 824 tokens of the
+seed paper's configurations. They go through the batch as many rows at a time as is fastest.
 """
 
 from collections.abc import Mapping
@@ -16,8 +15,7 @@ from functools import lru_cache, partial
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import airl_fast
 from airl_fast.attention import enable_packed_attention, packed_forward, standard_attention
@@ -33,11 +31,10 @@ from benchmarks.language import (
     step_traces,
 )
 from benchmarks.lengths import MAX_COMPLETION, MAX_PROMPT
-from benchmarks.padded import Rectangle, log_probs, rectangle
+from benchmarks.padded import FIXED_ROWS, ROWS, alone, log_probs, padding, rectangle
 
 OPERATOR = "packing (scoring a batch)"
 _REPEATED = "airl_fast, prompts repeated"
-_ROWS = 4  # of a padded forward pass
 _CHECKED = 3  # sequences that are run alone in float64
 _ROUNDS = 3
 
@@ -82,12 +79,12 @@ def packing_case(prompts: int, group: int, shape: ModelShape, seed: int) -> Case
             Variant(
                 "padded",
                 partial(_padded, False),
-                note=f"to the longest of the step's {STEP_PROMPTS} prompts; {_ROWS} rows a pass",
+                note=f"to the longest of a step of {STEP_PROMPTS} prompts; {ROWS} rows a pass",
             ),
             Variant(
                 "padded, fixed",
                 partial(_padded, True),
-                note=f"to {MAX_PROMPT} + {MAX_COMPLETION} tokens; {_ROWS} rows a pass; called once",
+                note=f"to {MAX_PROMPT} + {MAX_COMPLETION} tokens; {FIXED_ROWS} row a pass, once",
                 once=True,
             ),
         ],
@@ -109,8 +106,9 @@ def _packed_logp(model: LlamaForCausalLM, batch: PackedBatch) -> Outputs:
 
 
 def _padded(fixed: bool, inputs: PackingInputs) -> Prepared:
-    whole = _rectangle(inputs, fixed)
-    batches = [batch for _, batch in whole.split(_ROWS)]
+    left, width, rows = padding(inputs.step, fixed)
+    whole = rectangle(inputs.traces, left, width)
+    batches = [batch for _, batch in whole.split(rows)]
 
     def call() -> Tensor:
         with torch.no_grad(), standard_attention(inputs.model):
@@ -119,26 +117,12 @@ def _padded(fixed: bool, inputs: PackingInputs) -> Prepared:
     return Prepared(call, lambda logp: {"logp": logp[whole.actions]})
 
 
-def _rectangle(inputs: PackingInputs, fixed: bool) -> Rectangle:
-    if fixed:
-        return rectangle(inputs.traces, MAX_PROMPT, MAX_COMPLETION)
-    step = inputs.step
-    return rectangle(inputs.traces, step.longest_prompt, step.longest_completion)
-
-
 def _alone(inputs: PackingInputs, chosen: range) -> list[Tensor]:
     """Float64 log-probabilities of the chosen traces, each run alone."""
     model = LlamaForCausalLM(deepcopy(inputs.model.config)).double().eval()
     model.load_state_dict(inputs.model.state_dict())
-    results = []
     with torch.no_grad(), standard_attention(model):
-        for index in chosen:
-            trace = inputs.traces[index]
-            ids = torch.tensor([trace.prompt + trace.completion])
-            log_probs = model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
-            states = log_probs[len(trace.prompt) - 1 : -1]
-            results.append(states.gather(1, ids[0, len(trace.prompt) :, None]).squeeze(1))
-    return results
+        return [log_probs(model, alone(inputs.traces[index]))[0] for index in chosen]
 
 
 def _expected(inputs: PackingInputs) -> Mapping[str, Sampled]:
@@ -151,9 +135,10 @@ def _expected(inputs: PackingInputs) -> Mapping[str, Sampled]:
 
 def _tokens(inputs: PackingInputs) -> Mapping[str, Mapping[str, float]]:
     """Tokens that each formulation runs through the model."""
+    padded, fixed = (sum(padding(inputs.step, to)[:2]) for to in (False, True))
     return {
         "airl_fast": {"tokens": pack(inputs.traces).num_tokens},
         _REPEATED: {"tokens": sum(trace.num_tokens for trace in inputs.traces)},
-        "padded": {"tokens": _rectangle(inputs, False).ids.numel()},
-        "padded, fixed": {"tokens": _rectangle(inputs, True).ids.numel()},
+        "padded": {"tokens": len(inputs.traces) * padded},
+        "padded, fixed": {"tokens": len(inputs.traces) * fixed},
     }

@@ -10,7 +10,8 @@ from benchmarks.suite import Results
 
 _ROOT = Path(__file__).resolve().parent / "results"
 _COLUMNS = [
-    "peer", "backend", "ms (iqr)", "ratio", "GB/s", "peak MiB (results)", "error", "note",
+    "peer", "backend", "ms (iqr)", "ratio", "over ours", "GB/s", "peak MiB (results)", "error",
+    "note",
 ]  # fmt: skip
 _DPI = 120
 
@@ -65,7 +66,8 @@ def _preamble(results: Results) -> list[str]:
         f"{env['load_after_timing']}; seed {settings.seed}",
         "- ms: median of the rounds, interquartile range in brackets. All variants and the "
         "yardstick take turns in random order; ratio is the median over rounds of the time over "
-        "the yardstick's in the same round. Warm-up and compilation are not timed.",
+        "the yardstick's in the same round; over ours: the same over the fastest airl_fast. "
+        "Warm-up and compilation are not timed. A time without a range is of one call.",
         "- peak: growth of the resident set of a separate process during one call, results "
         "(outputs and gradients) included; benchmarks/memory.py says how.",
         "- error: largest error over the largest magnitude, against tests/oracle.py on small "
@@ -92,15 +94,17 @@ def _yardstick(rows: list[Row]) -> str:
 
 def _cells(row: Row) -> list[str]:
     if row.status != "ok":
-        speed = ["**wrong**" if row.status == "wrong" else row.status, "", "", ""]
+        speed = ["**wrong**" if row.status == "wrong" else row.status, "", "", "", ""]
     else:
         speed = [
-            f"{row.ms:.4g} ({row.ms_iqr:.2g})",
+            f"{row.ms:.4g}" + _or_blank(row.ms_iqr, " ({:.2g})"),
             _or_blank(row.ratio, "{:.2f}"),
+            _or_blank(row.against_ours, "{:.2f}"),
             _or_blank(row.gb_s, "{:.1f}"),
             "" if row.peak_mib is None else f"{row.peak_mib:.0f} ({row.result_mib:.0f})",
         ]
     facts = [f"{name}: {value:,.0f}" for name, value in row.facts.items()]
+    facts += [f"{part}: {ms:,.0f} ms" for part, ms in row.parts.items()]
     note = "; ".join(part for part in (row.note, *facts, row.reason) if part)
     cells = [row.peer, row.backend, *speed, _or_blank(row.error, "{:.0e}"), note]
     return [cell.replace("|", "\\|").replace("\n", " ") for cell in cells]

@@ -22,7 +22,7 @@ from airl_fast.packing import Trace
 from airl_fast.rollout import Rollout, sample
 from benchmarks.harness import Case, Outputs, Prepared, Sampled, Variant
 from benchmarks.language import TINY, ModelShape, head_product, random_model, step_traces
-from benchmarks.padded import log_probs, rectangle
+from benchmarks.padded import alone, log_probs
 
 OPERATOR = "sampling (with log-probs)"
 _CHECKED = 3  # completions that are run alone
@@ -159,9 +159,8 @@ def _read(
                 completion=ids,
                 span_lengths=(1,) * len(ids),
             )
-            differences.append(logp[i] - log_probs(model, rectangle([trace]))[0])
+            differences.append(logp[i] - log_probs(model, alone(trace))[0])
     return {
         "lengths": torch.tensor([float(len(ids)) for ids in completions]),
         "logp less that of the tokens": torch.cat(differences),
     }
-

@@ -6,9 +6,9 @@ the trainer does between two rollouts, by its own learners and passes. Two Llama
 weights in the shape of SmolLM2-135M, all weights trained, and the options of the recipe
 gsm8k-smollm2 but for its adapters. Sampling is timed apart (sampling.py).
 
-Every formulation may run as many tokens in one pass as any other. The padded ones pad to the
-longest of the whole step (language.py), or to the fixed 300 + 824 tokens of the seed paper's
-configurations. On the timed inputs all are held to the step made one trace at a time in float32,
+The padded formulations pad to the longest of a whole step (language.py), or to the fixed 300 + 824
+tokens of the seed paper's configurations. Each formulation runs as many tokens in one pass as it
+is fastest with. On the timed inputs all are held to the step made one trace at a time in float32,
 on small ones to the same in float64 with every entry of every gradient.
 """
 
@@ -23,6 +23,7 @@ from airl_fast.passes import action_logp, offsets, span_energies
 from benchmarks.harness import Case, Outputs, Prepared, Sampled, Variant
 from benchmarks.language import STEP_PROMPTS, TINY, ModelShape, head_product
 from benchmarks.lengths import MAX_COMPLETION, MAX_PROMPT
+from benchmarks.padded import FIXED_ROWS, ROWS, padding
 from benchmarks.step_inputs import (
     TOKEN_BUDGET,
     Laps,
@@ -53,11 +54,15 @@ def step_case(prompts: int, group: int, shape: ModelShape, seed: int) -> Case:
         yardstick=("product", lambda x: head_product(x.policy.head.weight, x.everything)),
         variants=[
             Variant("airl_fast", packed_step, "default", note="prompts stored once"),
-            Variant("padded", _padded, note=f"to the longest of the step's {STEP_PROMPTS} prompts"),
+            Variant(
+                "padded",
+                partial(padded_step, fixed=False),
+                note=f"to the longest of a step of {STEP_PROMPTS} prompts; {ROWS} rows a pass",
+            ),
             Variant(
                 "padded, fixed",
-                _fixed,
-                note=f"to {MAX_PROMPT} + {MAX_COMPLETION} tokens; called once",
+                partial(padded_step, fixed=True),
+                note=f"to {MAX_PROMPT} + {MAX_COMPLETION} tokens; {FIXED_ROWS} row a pass, once",
                 once=True,
             ),
         ],
@@ -73,9 +78,7 @@ def packed_step(inputs: StepInputs) -> Prepared:
     def read(result: StepResult) -> Outputs:
         return result.outputs
 
-    return Prepared(
-        partial(_packed, inputs), read, inputs.reset, lambda result: result.seconds
-    )
+    return Prepared(partial(_packed, inputs), read, inputs.reset, lambda result: result.seconds)
 
 
 def _packed(inputs: StepInputs) -> StepResult:
@@ -124,14 +127,6 @@ def _advantages(inputs: StepInputs, f: torch.Tensor) -> torch.Tensor:
     return values.clamp(-limit, limit)
 
 
-def _padded(inputs: StepInputs) -> Prepared:
-    return padded_step(inputs, inputs.traces.longest_prompt, inputs.traces.longest_completion)
-
-
-def _fixed(inputs: StepInputs) -> Prepared:
-    return padded_step(inputs, MAX_PROMPT, MAX_COMPLETION)
-
-
 def _alone(inputs: StepInputs) -> Outputs:
     prepared = alone_step(inputs)
     outputs = prepared.read(prepared.call())
@@ -141,11 +136,11 @@ def _alone(inputs: StepInputs) -> Outputs:
 
 def _facts(inputs: StepInputs) -> Mapping[str, Mapping[str, float]]:
     """Tokens that each formulation runs through the discriminator in its update."""
-    everything, traces = inputs.everything, inputs.traces
-    plan = plan_traces(everything, TOKEN_BUDGET)
-    longest = traces.longest_prompt + traces.longest_completion
+    everything = inputs.everything
+    packed = [pack([everything[i] for i in part]) for part in plan_traces(everything, TOKEN_BUDGET)]
+    padded, fixed = (sum(padding(inputs.traces, to)[:2]) for to in (False, True))
     return {
-        "airl_fast": {"tokens": sum(pack([everything[i] for i in p]).num_tokens for p in plan)},
-        "padded": {"tokens": len(everything) * longest},
-        "padded, fixed": {"tokens": len(everything) * (MAX_PROMPT + MAX_COMPLETION)},
+        "airl_fast": {"tokens": sum(batch.num_tokens for batch in packed)},
+        "padded": {"tokens": len(everything) * padded},
+        "padded, fixed": {"tokens": len(everything) * fixed},
     }

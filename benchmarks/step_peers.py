@@ -16,33 +16,27 @@ from transformers import LlamaForCausalLM
 from airl_fast.attention import standard_attention
 from airl_fast.packing import Source
 from benchmarks.harness import Outputs, Prepared
-from benchmarks.padded import Rectangle, log_probs, rectangle
-from benchmarks.step_inputs import TOKEN_BUDGET, Laps, StepInputs, StepResult, kept_gradients
+from benchmarks.padded import Rectangle, alone, log_probs, padding, rectangle
+from benchmarks.step_inputs import Laps, StepInputs, StepResult, kept_gradients
 
 _EPSILON = 1e-6  # of the division by the deviation
 
 
-def padded_step(inputs: StepInputs, left: int, width: int) -> Prepared:
-    """The step with all rows padded to ``left + width``, as many a pass as the budget has room."""
-    traces, experts = inputs.traces.policy, inputs.traces.experts
-    whole = rectangle([*traces, *experts], left, width)
-    rows = max(1, TOKEN_BUDGET // (left + width))
-    batches = [(part, batch) for part, batch in whole.split(rows)]
-    own = [(part, batch) for part, batch in _first(whole, len(traces)).split(rows)]
-    return _prepared(inputs, batches, own, whole)
+def padded_step(inputs: StepInputs, fixed: bool) -> Prepared:
+    """The step with all rows padded to the longest of a step, or to the fixed length."""
+    left, width, rows = padding(inputs.traces, fixed)
+    whole = rectangle(inputs.everything, left, width)
+    count = len(inputs.traces.policy)
+    own = Rectangle(whole.ids[:count], whole.mask[:count], width)
+    return _prepared(inputs, list(whole.split(rows)), list(own.split(rows)), whole)
 
 
 def alone_step(inputs: StepInputs) -> Prepared:
     """The step one trace at a time, so that nothing is padded: what the others are held to."""
-    traces, experts = inputs.traces.policy, inputs.traces.experts
-    everything = [*traces, *experts]
-    width = max(len(trace.completion) for trace in everything)
-    batches = [(slice(i, i + 1), rectangle([trace])) for i, trace in enumerate(everything)]
-    return _prepared(inputs, batches, batches[: len(traces)], rectangle(everything, None, width))
-
-
-def _first(whole: Rectangle, count: int) -> Rectangle:
-    return Rectangle(whole.ids[:count], whole.mask[:count], whole.width)
+    left, width, _ = padding(inputs.traces, False)
+    batches = [(slice(i, i + 1), alone(trace)) for i, trace in enumerate(inputs.everything)]
+    own = batches[: len(inputs.traces.policy)]
+    return _prepared(inputs, batches, own, rectangle(inputs.everything, left, width))
 
 
 Batches = list[tuple[slice, Rectangle]]

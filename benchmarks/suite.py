@@ -29,7 +29,7 @@ _SWEEP_D = 576
 _SWEEP_N = tuple((n, 49152) for n in (128, 256, 512, 1024, 4096))  # 2048 is a main shape
 _SWEEP_V = tuple((1024, v) for v in (8192, 16384, 32768, 98304))
 _PACKING = ((2, 4), (2, 8), (1, 16))  # prompts, G
-_STEP = (2, 8)
+_STEP = (1, 8)
 _QUICK_SWEEP = ((32, 512), (64, 256))
 
 
