@@ -53,9 +53,7 @@ class StepTraces:
     longest_completion: int
 
 
-def random_model(
-    shape: ModelShape, seed: int, dtype: torch.dtype = torch.float32
-) -> LlamaForCausalLM:
+def random_model(shape: ModelShape, seed: int) -> LlamaForCausalLM:
     """A Llama of this shape with transformers' own initial weights, its head tied."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # transformers draws from the global generator
@@ -69,7 +67,7 @@ def random_model(
             max_position_embeddings=2048,
             tie_word_embeddings=True,
         )
-        return LlamaForCausalLM(config).to(dtype).eval()
+        return LlamaForCausalLM(config).eval()
 
 
 def step_traces(

@@ -115,15 +115,15 @@ def _or_blank(value: float | None, form: str) -> str:
 
 
 def _plots(results: Results, folder: Path) -> list[str]:
-    """Time against N and V, memory against N, of the operators that were swept."""
+    """The parts of a step; time against N and V, memory against N, of what was swept."""
     try:
         import matplotlib as mpl
     except ImportError:
         print("no plots: matplotlib is not installed")
         return []
     mpl.use("Agg")
+    names = [_plot_parts(folder, rows) for rows in _grouped(results.rows).values() if _parted(rows)]
     swept = sorted({row.operator for row in results.rows if row.group == "sweep"})
-    names = []
     for operator in swept:
         rows = [r for r in results.rows if r.operator == operator and r.status == "ok"]
         sizes = [(r.shape["N"], r.shape["V"]) for r in rows if r.group == "sweep"]
@@ -141,6 +141,33 @@ def _plots(results: Results, folder: Path) -> list[str]:
                     _plot(folder, operator, line, letter, "memory", what, lambda r: r.peak_mib)
                 )
     return names
+
+
+def _parted(rows: list[Row]) -> list[Row]:
+    return [row for row in rows if row.status == "ok" and row.parts]
+
+
+def _plot_parts(folder: Path, rows: list[Row]) -> str:
+    """A bar for each formulation, made of its parts."""
+    from matplotlib import pyplot
+
+    rows = _parted(rows)[::-1]  # the first on top
+    figure, axes = pyplot.subplots(figsize=(7, 0.7 + 0.6 * len(rows)), layout="constrained")
+    ends = [0.0] * len(rows)
+    for part in rows[0].parts:
+        seconds = [row.parts[part] / 1e3 for row in rows]
+        axes.barh([row.peer for row in rows], seconds, left=ends, label=part)
+        ends = [end + more for end, more in zip(ends, seconds, strict=True)]
+    axes.set(xlabel="seconds", title=rows[0].operator)
+    axes.legend(fontsize=8)
+    name = f"{_slug(rows[0].operator)}-parts.png"
+    figure.savefig(folder / name, dpi=_DPI)
+    pyplot.close(figure)
+    return name
+
+
+def _slug(operator: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in operator).strip("-").replace("--", "-")
 
 
 def _commonest(rows: list[Row], letter: str, other: str) -> int:
@@ -192,8 +219,7 @@ def _plot(
     axes.set_xticks([], minor=True)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    slug = "".join(c if c.isalnum() else "-" for c in operator).strip("-").replace("--", "-")
-    name = f"{slug}-{what}-against-{letter}.png"
+    name = f"{_slug(operator)}-{what}-against-{letter}.png"
     figure.savefig(folder / name, dpi=_DPI)
     pyplot.close(figure)
     return name

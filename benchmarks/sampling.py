@@ -74,6 +74,7 @@ def sampling_case(prompts: int, group: int, tokens: int, shape: ModelShape, seed
             Variant("transformers generate", _generate, note="log_softmax of the kept logits"),
         ],
         rounds=_ROUNDS,
+        memory=False,
     )  # fmt: skip
 
 

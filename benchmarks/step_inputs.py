@@ -80,7 +80,7 @@ class StepInputs:
 
     def double(self) -> "StepInputs":
         """A copy in float64."""
-        policy, discriminator = (deepcopy(m).double() for m in (self.policy, self.discriminator))
+        policy, discriminator = deepcopy(self.policy).double(), deepcopy(self.discriminator).double()
         return _assembled(self.traces, self.config, policy, discriminator, self.samples)
 
 

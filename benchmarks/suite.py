@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from benchmarks import environment, heads, memory, packing, sampling, segments, step
-from benchmarks.harness import Case, Row, Timing, run_case
+from benchmarks.harness import Case, Row, Timing
 from benchmarks.language import TINY, ModelShape
+from benchmarks.runner import run_case
 
 OPERATORS = (
     *heads.OPERATORS,
@@ -151,10 +152,11 @@ def _run(settings: Settings) -> Results:
     try:
         for case in all_cases(settings):
             print(f"{case.key}:", end=" ", file=sys.stderr, flush=True)
-            for row in run_case(case, timing, peers=settings.peers or None):
-                keys[len(rows)] = case.key
-                rows.append(row)
-            print(_ratios(rows, case, keys), file=sys.stderr)
+            own = run_case(case, timing, peers=settings.peers or None)
+            if case.memory:
+                keys |= {len(rows) + i: case.key for i in range(len(own))}
+            rows += own
+            print(_ratios(own), file=sys.stderr)
     except KeyboardInterrupt:  # an hour's numbers are worth keeping
         print("interrupted: what was timed so far is kept", file=sys.stderr)
         found["interrupted"] = True
@@ -165,11 +167,10 @@ def _run(settings: Settings) -> Results:
     return Results(found, settings, rows)
 
 
-def _ratios(rows: list[Row], case: Case, keys: dict[int, str]) -> str:
+def _ratios(rows: list[Row]) -> str:
     """A line of progress: the ratios of a case."""
-    own = [row for i, row in enumerate(rows) if keys[i] == case.key]
     return ", ".join(
         f"{row.peer} {'' if row.backend == '-' else row.backend + ' '}"
         + (row.status if row.ratio is None else f"{row.ratio:.2f}")
-        for row in own
+        for row in rows
     )

@@ -6,10 +6,11 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks import step
-from benchmarks.harness import Case, Outputs, Prepared, Row, Timing, Variant, run_case
+from benchmarks import memory, sampling, segments, step, suite
+from benchmarks.harness import Case, Outputs, Prepared, Row, Timing, Variant
 from benchmarks.language import TINY
 from benchmarks.report import markdown
+from benchmarks.runner import run_case
 from benchmarks.step_inputs import StepInputs, StepResult
 from benchmarks.suite import Results, Settings
 
@@ -116,6 +117,19 @@ def test_the_report_shows_times_over_ours_and_the_parts() -> None:
         assert f"| {row.against_ours:.2f} |" in line
         assert "policy update: " in line
     assert ours.facts["tokens"] < padded.facts["tokens"] < fixed.facts["tokens"]
+
+
+def test_memory_is_measured_where_the_case_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[set[str]] = []
+    monkeypatch.setattr(memory, "supported", lambda: True)
+    monkeypatch.setattr(memory, "measure", lambda _, rows, keys: seen.append(set(keys.values())))
+    only = (sampling.OPERATOR, segments.OPERATORS[0])
+    results = suite.run(Settings(quick=True, only=only, rounds=5))
+    assert {row.operator for row in results.rows} == set(only)
+    (keys,) = seen
+    assert keys
+    assert all(key.startswith(segments.OPERATORS[0]) for key in keys)
+    assert not _case().memory
 
 
 def _line(row: Row) -> str:
