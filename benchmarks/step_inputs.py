@@ -80,7 +80,10 @@ class StepInputs:
 
     def double(self) -> "StepInputs":
         """A copy in float64."""
-        policy, discriminator = deepcopy(self.policy).double(), deepcopy(self.discriminator).double()
+        policy, discriminator = (
+            deepcopy(self.policy).double(),
+            deepcopy(self.discriminator).double(),
+        )
         return _assembled(self.traces, self.config, policy, discriminator, self.samples)
 
 
