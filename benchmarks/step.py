@@ -35,7 +35,7 @@ from benchmarks.step_inputs import (
 from benchmarks.step_peers import alone_step, padded_step
 
 OPERATOR = "AIRL step (scoring, both updates)"
-_ROUNDS = 2  # the padded step takes about a minute a call
+_ROUNDS = 3
 _EVERY_ENTRY = 1 << 62
 
 
