@@ -1,21 +1,14 @@
-"""Cases, variants and rows; and how a variant is checked and timed.
+"""What a case, a variant and a row are.
 
 A case is one operator at one shape and dtype; a variant is one way of computing it: a backend of
-airl_fast or a peer. Every variant is checked twice. First on small inputs, all of its outputs
-against tests/oracle.py. Then on the inputs that are timed, against float64 values of sampled
-elements, once before timing and once on the output of the last timed call. A variant that is
-wrong is not timed any further, and its row has no speed.
+airl_fast or a peer. runner.py checks and times them.
 """
 
-import gc
 import math
-import random
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,10 +28,14 @@ class Prepared:
     Attributes:
         call: what is timed; returns whatever the formulation returns.
         read: turns that into the case's outputs, in the case's layout; not timed.
+        reset: undoes what the last call changed; before every call, not timed.
+        parts: seconds of the parts of a call, from what it returned.
     """
 
     call: Callable[[], Any]
     read: Callable[[Any], Outputs] = lambda outputs: outputs
+    reset: Callable[[], None] = lambda: None
+    parts: Callable[[Any], Mapping[str, float]] = lambda outputs: {}
 
 
 @dataclass(frozen=True)
@@ -51,6 +48,7 @@ class Variant:
         backend: of airl_fast; "-" for a peer.
         context: entered around warm-up and timing, such as a forced backend.
         note: what a reader must know about the formulation.
+        once: a call takes minutes: it is made once, without a warm-up, timed and checked.
     """
 
     peer: str
@@ -58,6 +56,7 @@ class Variant:
     backend: str = "-"
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
     note: str = ""
+    once: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,6 +94,8 @@ class Case:
         least: yardsticks that the operator cannot do without; None where that means nothing.
         traffic: bytes that must be read and written, for memory-bound operators.
         facts: more columns for each peer, such as tokens.
+        rounds: the most rounds, for calls of many seconds, which are never repeated in a sample.
+        memory: whether to measure peak memory: two more calls of each variant.
     """
 
     operator: str
@@ -110,12 +111,19 @@ class Case:
     traffic: int | None = None
     facts: Callable[[Any], Mapping[str, Mapping[str, float]]] | None = None
     group: str = "main"  # or "sweep": only in the plots against N and V
+    rounds: int | None = None
+    memory: bool = True
 
     @property
     def key(self) -> str:
         """A name that is the same in every process."""
         sizes = ",".join(f"{letter}={size}" for letter, size in self.shape.items())
-        return f"{self.operator} {sizes} {_name(self.dtype)}"
+        return f"{self.operator} {sizes} {self.dtype_name}"
+
+    @property
+    def dtype_name(self) -> str:
+        """The dtype without its module."""
+        return str(self.dtype).removeprefix("torch.")
 
 
 @dataclass
@@ -137,6 +145,8 @@ class Row:
     yardstick_ms: float | None = None
     ratio: float | None = None  # median over rounds of time over the yardstick's, same round
     least: float | None = None
+    against_ours: float | None = None  # the same over the time of the fastest airl_fast
+    parts: dict[str, float] = field(default_factory=dict)  # median ms of the parts of a call
     gb_s: float | None = None
     peak_mib: float | None = None  # peak extra memory, results included
     result_mib: float | None = None  # of which results (outputs and gradients)
@@ -150,7 +160,8 @@ class Timing:
     """How to time: rounds of all variants in random order, warm-up apart.
 
     Attributes:
-        rounds: calls (or batches of calls) per variant; the median is reported.
+        rounds: calls (or batches of calls) per variant; the median is reported. A case with calls
+            of many seconds has fewer.
         least_s: a sample repeats calls until it lasts this long, for calls of microseconds.
         seed: of the order within each round.
     """
@@ -163,173 +174,3 @@ class Timing:
 # Largest error over the largest magnitude. Float32: 100 times what plain torch makes at these
 # shapes (about 1e-6). Half precision: a few units in the last of its 8 or 11 bits.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2, torch.float64: 1e-9}
-
-
-def run_case(case: Case, timing: Timing, *, peers: Sequence[str] | None = None) -> list[Row]:
-    """Check and time all variants of a case.
-
-    Args:
-        case: what to run.
-        timing: how to time it.
-        peers: only these peers (airl_fast is always among them); None for all.
-    """
-    chosen = [v for v in case.variants if peers is None or v.peer in peers or OURS in v.peer]
-    rows = [_row(case, variant, timing) for variant in chosen]
-    checked = [_checked_small(case, v, r) for v, r in zip(chosen, rows, strict=True)]
-    if not any(checked):
-        return rows
-    inputs = case.inputs()
-    expected = case.expected(inputs)
-    facts = case.facts(inputs) if case.facts else {}
-    live: list[_Live] = []
-    for variant, row, passed in zip(chosen, rows, checked, strict=True):
-        row.facts = dict(facts.get(variant.peer, {}))
-        warmed = _warmed(case, variant, row, inputs, expected) if passed else None
-        if warmed is not None:
-            live.append(_Live(variant, row, warmed))
-    if live:
-        _time(case, live, timing, inputs, expected)
-    return rows
-
-
-class _Live(NamedTuple):
-    """A variant that was right so far."""
-
-    variant: Variant
-    row: Row
-    prepared: Prepared
-
-
-def _row(case: Case, variant: Variant, timing: Timing) -> Row:
-    return Row(
-        operator=case.operator,
-        shape=dict(case.shape),
-        dtype=_name(case.dtype),
-        peer=variant.peer,
-        backend=variant.backend,
-        group=case.group,
-        yardstick=case.yardstick[0],
-        note=variant.note,
-        least=case.least,
-        rounds=timing.rounds,
-    )
-
-
-def _checked_small(case: Case, variant: Variant, row: Row) -> bool:
-    inputs = case.small()
-    expected = {name: Sampled(values) for name, values in case.oracle(inputs).items()}
-    return _warmed(case, variant, row, inputs, expected, "small inputs") is not None
-
-
-def _warmed(
-    case: Case,
-    variant: Variant,
-    row: Row,
-    inputs: Any,
-    expected: Mapping[str, Sampled],
-    where: str = "timed inputs",
-) -> Prepared | None:
-    """Prepare, run once and check; None if that shows that the variant cannot be timed."""
-    try:
-        prepared = variant.prepare(inputs)
-        with variant.context():
-            outputs = prepared.read(prepared.call())
-    except UnavailableError as reason:
-        row.status, row.reason = "unavailable", str(reason)
-    except Exception as error:  # a peer may fail in any way; the row says how
-        row.status = "unavailable" if "was forced but cannot serve" in str(error) else "failed"
-        row.reason = f"{type(error).__name__}: {str(error).strip()[:300]}"
-    else:
-        return prepared if _accept(case, row, outputs, expected, where) else None
-    return None
-
-
-def _accept(
-    case: Case, row: Row, outputs: Outputs, expected: Mapping[str, Sampled], where: str
-) -> bool:
-    limit = TOLERANCE[case.dtype]
-    for name, sampled in expected.items():
-        error = sampled.error(outputs[name]) if name in outputs else math.nan
-        row.error = error if row.error is None or not error <= row.error else row.error
-        if not error <= limit:  # a NaN is wrong, too
-            row.status = "wrong"
-            row.reason = f"{name} on {where}: relative error {error:.2g}, allowed {limit:.0e}"
-            row.ms = row.ms_iqr = row.ratio = row.gb_s = row.yardstick_ms = None
-            if not math.isfinite(row.error):
-                row.error = None  # JSON has no NaN; the reason says it
-            return False
-    return True
-
-
-def _time(
-    case: Case,
-    live: Sequence[_Live],
-    timing: Timing,
-    inputs: Any,
-    expected: Mapping[str, Sampled],
-) -> None:
-    measure = case.yardstick[1](inputs)
-    calls: list[tuple[Callable[[], Any], Callable[[], AbstractContextManager[Any]]]]
-    calls = [(measure, nullcontext), *((x.prepared.call, x.variant.context) for x in live)]
-    repeats = [_repeats(*calls[0], timing.least_s)]
-    if case.least and repeats == [1]:  # what needs a product lasts as long: all were warmed up
-        repeats *= len(calls)
-    else:
-        repeats += [_repeats(*call, timing.least_s) for call in calls[1:]]
-    samples: list[list[float]] = [[] for _ in calls]
-    order = list(range(len(calls)))
-    rng = random.Random(timing.seed)
-    for turn in range(timing.rounds):
-        rng.shuffle(order)
-        for which in order:
-            seconds, result = _sample(*calls[which], repeats[which])
-            samples[which].append(seconds)
-            if which and turn == timing.rounds - 1:
-                _, row, prepared = live[which - 1]
-                _accept(case, row, prepared.read(result), expected, "the last timed output")
-            del result
-    for seconds_of, x in zip(samples[1:], live, strict=True):
-        if x.row.status == "ok":
-            _fill(x.row, seconds_of, samples[0], case.traffic)
-
-
-def _repeats(
-    call: Callable[[], Any], context: Callable[[], AbstractContextManager[Any]], least_s: float
-) -> int:
-    """Calls that make one sample last ``least_s``."""
-    repeats = 1
-    while True:
-        seconds, _ = _sample(call, context, repeats)
-        if seconds * repeats >= least_s:
-            return repeats
-        repeats = max(2 * repeats, math.ceil(least_s / max(seconds, 1e-9)))
-
-
-def _sample(
-    call: Callable[[], Any], context: Callable[[], AbstractContextManager[Any]], repeats: int
-) -> tuple[float, Any]:
-    """Seconds per call, and the last result."""
-    result = None
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        with context():
-            start = time.perf_counter()
-            for _ in range(repeats):
-                result = call()
-            return (time.perf_counter() - start) / repeats, result
-    finally:
-        if collecting:
-            gc.enable()
-
-
-def _fill(row: Row, seconds: list[float], yardstick: list[float], traffic: int | None) -> None:
-    first, median, third = statistics.quantiles(seconds, n=4, method="inclusive")
-    row.ms, row.ms_iqr = 1e3 * median, 1e3 * (third - first)
-    row.yardstick_ms = 1e3 * statistics.median(yardstick)
-    row.ratio = statistics.median(a / b for a, b in zip(seconds, yardstick, strict=True))
-    row.gb_s = None if traffic is None else traffic / median / 1e9
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -8,7 +8,8 @@ import numpy as np
 # worked solutions under SmolLM2's tokenizer (measured: 0.35 and 0.42). The prompt's instruction,
 # 76 tokens, is the same everywhere.
 _INSTRUCTION, _QUESTION, _QUESTION_SPREAD = 76, 62, 0.35
-_COMPLETION, _COMPLETION_SPREAD = 124, 0.42
+COMPLETION, _COMPLETION_SPREAD = 124, 0.42
+PROMPT = _INSTRUCTION + _QUESTION
 MAX_PROMPT, MAX_COMPLETION = 300, 824  # the fixed padding of the seed paper's configurations
 
 
@@ -20,7 +21,7 @@ def prompt_lengths(count: int, rng: np.random.Generator) -> list[int]:
 
 def completion_lengths(count: int, rng: np.random.Generator) -> list[int]:
     """Lengths of ``count`` completions."""
-    drawn = _lognormal(_COMPLETION, _COMPLETION_SPREAD, count, rng)
+    drawn = _lognormal(COMPLETION, _COMPLETION_SPREAD, count, rng)
     return [min(length, MAX_COMPLETION) for length in drawn]
 
 
@@ -34,7 +35,7 @@ def offsets_covering(total: int, rng: np.random.Generator, mean: float | None = 
     """
     offsets = [0]
     while offsets[-1] < total:
-        (length,) = _lognormal(mean or _COMPLETION, _COMPLETION_SPREAD, 1, rng)
+        (length,) = _lognormal(mean or COMPLETION, _COMPLETION_SPREAD, 1, rng)
         offsets.append(min(total, offsets[-1] + length))
     return offsets
 

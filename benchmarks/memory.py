@@ -39,9 +39,9 @@ def measure(settings: Any, rows: Sequence[Row], keys: Mapping[int, str]) -> None
     Args:
         settings: of the suite; the worker builds the same cases from them.
         rows: the results so far; changed in place.
-        keys: the key of each row's case, by the row's position.
+        keys: the key of each row's case, by the row's position; other rows are left out.
     """
-    todo = [i for i, row in enumerate(rows) if row.status == "ok"]
+    todo = [i for i in keys if rows[i].status == "ok"]
     while todo:
         wanted = [[keys[i], rows[i].peer, rows[i].backend] for i in todo]
         done = 0

@@ -10,7 +10,8 @@ from benchmarks.suite import Results
 
 _ROOT = Path(__file__).resolve().parent / "results"
 _COLUMNS = [
-    "peer", "backend", "ms (iqr)", "ratio", "GB/s", "peak MiB (results)", "error", "note",
+    "peer", "backend", "ms (iqr)", "ratio", "over ours", "GB/s", "peak MiB (results)", "error",
+    "note",
 ]  # fmt: skip
 _DPI = 120
 
@@ -65,7 +66,8 @@ def _preamble(results: Results) -> list[str]:
         f"{env['load_after_timing']}; seed {settings.seed}",
         "- ms: median of the rounds, interquartile range in brackets. All variants and the "
         "yardstick take turns in random order; ratio is the median over rounds of the time over "
-        "the yardstick's in the same round. Warm-up and compilation are not timed.",
+        "the yardstick's in the same round; over ours: the same over the fastest airl_fast. "
+        "Warm-up and compilation are not timed. A time without a range is of one call.",
         "- peak: growth of the resident set of a separate process during one call, results "
         "(outputs and gradients) included; benchmarks/memory.py says how.",
         "- error: largest error over the largest magnitude, against tests/oracle.py on small "
@@ -92,15 +94,17 @@ def _yardstick(rows: list[Row]) -> str:
 
 def _cells(row: Row) -> list[str]:
     if row.status != "ok":
-        speed = ["**wrong**" if row.status == "wrong" else row.status, "", "", ""]
+        speed = ["**wrong**" if row.status == "wrong" else row.status, "", "", "", ""]
     else:
         speed = [
-            f"{row.ms:.4g} ({row.ms_iqr:.2g})",
+            f"{row.ms:.4g}" + _or_blank(row.ms_iqr, " ({:.2g})"),
             _or_blank(row.ratio, "{:.2f}"),
+            _or_blank(row.against_ours, "{:.2f}"),
             _or_blank(row.gb_s, "{:.1f}"),
             "" if row.peak_mib is None else f"{row.peak_mib:.0f} ({row.result_mib:.0f})",
         ]
     facts = [f"{name}: {value:,.0f}" for name, value in row.facts.items()]
+    facts += [f"{part}: {ms:,.0f} ms" for part, ms in row.parts.items()]
     note = "; ".join(part for part in (row.note, *facts, row.reason) if part)
     cells = [row.peer, row.backend, *speed, _or_blank(row.error, "{:.0e}"), note]
     return [cell.replace("|", "\\|").replace("\n", " ") for cell in cells]
@@ -111,15 +115,15 @@ def _or_blank(value: float | None, form: str) -> str:
 
 
 def _plots(results: Results, folder: Path) -> list[str]:
-    """Time against N and V, memory against N, of the operators that were swept."""
+    """The parts of a step; time against N and V, memory against N, of what was swept."""
     try:
         import matplotlib as mpl
     except ImportError:
         print("no plots: matplotlib is not installed")
         return []
     mpl.use("Agg")
+    names = [_plot_parts(folder, rows) for rows in _grouped(results.rows).values() if _parted(rows)]
     swept = sorted({row.operator for row in results.rows if row.group == "sweep"})
-    names = []
     for operator in swept:
         rows = [r for r in results.rows if r.operator == operator and r.status == "ok"]
         sizes = [(r.shape["N"], r.shape["V"]) for r in rows if r.group == "sweep"]
@@ -137,6 +141,33 @@ def _plots(results: Results, folder: Path) -> list[str]:
                     _plot(folder, operator, line, letter, "memory", what, lambda r: r.peak_mib)
                 )
     return names
+
+
+def _parted(rows: list[Row]) -> list[Row]:
+    return [row for row in rows if row.status == "ok" and row.parts]
+
+
+def _plot_parts(folder: Path, rows: list[Row]) -> str:
+    """A bar for each formulation, made of its parts."""
+    from matplotlib import pyplot
+
+    rows = _parted(rows)[::-1]  # the first on top
+    figure, axes = pyplot.subplots(figsize=(7, 0.7 + 0.6 * len(rows)), layout="constrained")
+    ends = [0.0] * len(rows)
+    for part in rows[0].parts:
+        seconds = [row.parts[part] / 1e3 for row in rows]
+        axes.barh([row.peer for row in rows], seconds, left=ends, label=part)
+        ends = [end + more for end, more in zip(ends, seconds, strict=True)]
+    axes.set(xlabel="seconds", title=rows[0].operator)
+    axes.legend(fontsize=8)
+    name = f"{_slug(rows[0].operator)}-parts.png"
+    figure.savefig(folder / name, dpi=_DPI)
+    pyplot.close(figure)
+    return name
+
+
+def _slug(operator: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in operator).strip("-").replace("--", "-")
 
 
 def _commonest(rows: list[Row], letter: str, other: str) -> int:
@@ -188,8 +219,7 @@ def _plot(
     axes.set_xticks([], minor=True)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    slug = "".join(c if c.isalnum() else "-" for c in operator).strip("-").replace("--", "-")
-    name = f"{slug}-{what}-against-{letter}.png"
+    name = f"{_slug(operator)}-{what}-against-{letter}.png"
     figure.savefig(folder / name, dpi=_DPI)
     pyplot.close(figure)
     return name

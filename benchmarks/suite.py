@@ -8,10 +8,18 @@ from typing import Any
 
 import torch
 
-from benchmarks import environment, heads, memory, packing, segments
-from benchmarks.harness import Case, Row, Timing, run_case
+from benchmarks import environment, heads, memory, packing, sampling, segments, step
+from benchmarks.harness import Case, Row, Timing
+from benchmarks.language import TINY, ModelShape
+from benchmarks.runner import run_case
 
-OPERATORS = (*heads.OPERATORS, *segments.OPERATORS, packing.OPERATOR)
+OPERATORS = (
+    *heads.OPERATORS,
+    *segments.OPERATORS,
+    packing.OPERATOR,
+    step.OPERATOR,
+    sampling.OPERATOR,
+)
 DTYPES = ("float32", "bfloat16", "float16")
 
 # N, V, D of: SmolLM2-135M, Llama 3.2 1B, Qwen2.5 0.5B
@@ -21,6 +29,8 @@ _SWEPT = (heads.ENTROPY, heads.POLICY)  # plotted against N and V
 _SWEEP_D = 576
 _SWEEP_N = tuple((n, 49152) for n in (128, 256, 512, 1024, 4096))  # 2048 is a main shape
 _SWEEP_V = tuple((1024, v) for v in (8192, 16384, 32768, 98304))
+_PACKING = ((2, 4), (2, 8), (1, 16))  # prompts, G
+_STEP = (1, 8)
 _QUICK_SWEEP = ((32, 512), (64, 256))
 
 
@@ -87,9 +97,7 @@ def all_cases(settings: Settings) -> Iterator[Case]:
     for shape in _QUICK_SHAPES if settings.quick else _SHAPES:
         for operator in filter(settings.wants, heads.OPERATORS):
             yield heads.head_case(operator, *shape, dtype, seed)
-    if settings.wants(packing.OPERATOR):
-        model = packing.TINY if settings.quick else packing.ModelShape()
-        yield packing.packing_case(2, 8, model, seed)
+    yield from _end_to_end_cases(settings)
     if settings.sweep:
         for n, v in _QUICK_SWEEP if settings.quick else (*_SWEEP_N, *_SWEEP_V):
             for operator in filter(settings.wants, _SWEPT):
@@ -108,6 +116,19 @@ def _segment_cases(settings: Settings) -> Iterator[Case]:
             segments.RETURNS, 4 if settings.quick else 32, torch.float32, settings.seed,
             length=2048, gamma=0.9,
         )  # fmt: skip
+
+
+def _end_to_end_cases(settings: Settings) -> Iterator[Case]:
+    """As few prompts as show the sharing: the padded formulations take minutes a call."""
+    model = TINY if settings.quick else ModelShape()
+    if settings.wants(packing.OPERATOR):
+        for prompts, group in ((2, 8),) if settings.quick else _PACKING:
+            yield packing.packing_case(prompts, group, model, settings.seed)
+    if settings.wants(step.OPERATOR):
+        yield step.step_case(*_STEP, model, settings.seed)
+    if settings.wants(sampling.OPERATOR):
+        tokens = 8 if settings.quick else 128  # the recipe's max_new_tokens
+        yield sampling.sampling_case(*_STEP, tokens, model, settings.seed)
 
 
 def run(settings: Settings) -> Results:
@@ -131,10 +152,11 @@ def _run(settings: Settings) -> Results:
     try:
         for case in all_cases(settings):
             print(f"{case.key}:", end=" ", file=sys.stderr, flush=True)
-            for row in run_case(case, timing, peers=settings.peers or None):
-                keys[len(rows)] = case.key
-                rows.append(row)
-            print(_ratios(rows, case, keys), file=sys.stderr)
+            own = run_case(case, timing, peers=settings.peers or None)
+            if case.memory:
+                keys |= {len(rows) + i: case.key for i in range(len(own))}
+            rows += own
+            print(_ratios(own), file=sys.stderr)
     except KeyboardInterrupt:  # an hour's numbers are worth keeping
         print("interrupted: what was timed so far is kept", file=sys.stderr)
         found["interrupted"] = True
@@ -145,11 +167,10 @@ def _run(settings: Settings) -> Results:
     return Results(found, settings, rows)
 
 
-def _ratios(rows: list[Row], case: Case, keys: dict[int, str]) -> str:
+def _ratios(rows: list[Row]) -> str:
     """A line of progress: the ratios of a case."""
-    own = [row for i, row in enumerate(rows) if keys[i] == case.key]
     return ", ".join(
         f"{row.peer} {'' if row.backend == '-' else row.backend + ' '}"
         + (row.status if row.ratio is None else f"{row.ratio:.2f}")
-        for row in own
+        for row in rows
     )

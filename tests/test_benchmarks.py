@@ -8,8 +8,9 @@ import torch
 
 from airl_fast import bench, cli
 from benchmarks import heads, memory, segments, suite
-from benchmarks.harness import Case, Prepared, Row, Timing, Variant, run_case
+from benchmarks.harness import Case, Prepared, Row, Timing, Variant
 from benchmarks.report import markdown
+from benchmarks.runner import run_case
 from benchmarks.truth import head_truth
 from tests import oracle
 

@@ -1,0 +1,240 @@
+"""How the variants of a case are checked and timed.
+
+Every variant is checked twice. First on small inputs, all of its outputs against tests/oracle.py.
+Then on the inputs that are timed, against values of sampled elements, float64 where that is
+affordable, once before timing and once on the output of the last timed call. A variant that is
+wrong is not timed any further, and its row has no speed.
+"""
+
+import gc
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+from benchmarks.harness import (
+    OURS,
+    TOLERANCE,
+    Case,
+    Outputs,
+    Prepared,
+    Row,
+    Sampled,
+    Timing,
+    UnavailableError,
+    Variant,
+)
+
+
+def run_case(case: Case, timing: Timing, *, peers: Sequence[str] | None = None) -> list[Row]:
+    """Check and time all variants of a case.
+
+    Args:
+        case: what to run.
+        timing: how to time it.
+        peers: only these peers (airl_fast is always among them); None for all.
+    """
+    chosen = [v for v in case.variants if peers is None or v.peer in peers or OURS in v.peer]
+    rows = [_row(case, variant, timing) for variant in chosen]
+    checked = [_checked_small(case, v, r) for v, r in zip(chosen, rows, strict=True)]
+    if not any(checked):
+        return rows
+    inputs = case.inputs()
+    expected = case.expected(inputs)
+    facts = case.facts(inputs) if case.facts else {}
+    live: list[_Live] = []
+    for variant, row, passed in zip(chosen, rows, checked, strict=True):
+        row.facts = dict(facts.get(variant.peer, {}))
+        warmed = _warmed(case, variant, row, inputs, expected) if passed else None
+        if warmed is not None:
+            live.append(warmed)
+    if live:
+        _time(case, live, timing, inputs, expected)
+    return rows
+
+
+@dataclass
+class _Live:
+    """A variant that was right so far, with its samples: seconds, and the parts of them."""
+
+    variant: Variant
+    row: Row
+    prepared: Prepared
+    seconds: list[float] = field(default_factory=list)
+    parts: list[Mapping[str, float]] = field(default_factory=list)
+
+    def sample(self, repeats: int = 1) -> Any:
+        """Time ``repeats`` calls and return what the last of them gave."""
+        self.prepared.reset()
+        seconds, result = _sample(self.prepared.call, self.variant.context, repeats)
+        self.seconds.append(seconds)
+        self.parts.append(self.prepared.parts(result))
+        return result
+
+    def forget(self) -> None:
+        """Drop the samples: they were the warm-up."""
+        self.seconds.clear()
+        self.parts.clear()
+
+
+def _row(case: Case, variant: Variant, timing: Timing) -> Row:
+    return Row(
+        operator=case.operator,
+        shape=dict(case.shape),
+        dtype=case.dtype_name,
+        peer=variant.peer,
+        backend=variant.backend,
+        group=case.group,
+        yardstick=case.yardstick[0],
+        note=variant.note,
+        least=case.least,
+        rounds=1 if variant.once else _rounds(case, timing),
+    )
+
+
+def _rounds(case: Case, timing: Timing) -> int:
+    return timing.rounds if case.rounds is None else min(case.rounds, timing.rounds)
+
+
+def _checked_small(case: Case, variant: Variant, row: Row) -> bool:
+    inputs = case.small()
+    expected = {name: Sampled(values) for name, values in case.oracle(inputs).items()}
+    return _warmed(case, variant, row, inputs, expected, "small inputs") is not None
+
+
+def _warmed(
+    case: Case,
+    variant: Variant,
+    row: Row,
+    inputs: Any,
+    expected: Mapping[str, Sampled],
+    where: str = "timed inputs",
+) -> _Live | None:
+    """Prepare, run once and check; None if that shows that the variant cannot be timed."""
+    try:
+        live = _Live(variant, row, variant.prepare(inputs))
+        outputs = live.prepared.read(live.sample())
+    except UnavailableError as reason:
+        row.status, row.reason = "unavailable", str(reason)
+    except Exception as error:  # a peer may fail in any way; the row says how
+        row.status = "unavailable" if "was forced but cannot serve" in str(error) else "failed"
+        row.reason = f"{type(error).__name__}: {str(error).strip()[:300]}"
+    else:
+        if _accept(case, row, outputs, expected, where):
+            if not variant.once:
+                live.forget()
+            return live
+    return None
+
+
+def _accept(
+    case: Case, row: Row, outputs: Outputs, expected: Mapping[str, Sampled], where: str
+) -> bool:
+    limit = TOLERANCE[case.dtype]
+    for name, sampled in expected.items():
+        error = sampled.error(outputs[name]) if name in outputs else math.nan
+        row.error = error if row.error is None or not error <= row.error else row.error
+        if not error <= limit:  # a NaN is wrong, too
+            row.status = "wrong"
+            row.reason = f"{name} on {where}: relative error {error:.2g}, allowed {limit:.0e}"
+            row.ms = row.ms_iqr = row.ratio = row.gb_s = row.yardstick_ms = None
+            row.against_ours, row.parts = None, {}
+            if not math.isfinite(row.error):
+                row.error = None  # JSON has no NaN; the reason says it
+            return False
+    return True
+
+
+def _time(
+    case: Case,
+    live: Sequence[_Live],
+    timing: Timing,
+    inputs: Any,
+    expected: Mapping[str, Sampled],
+) -> None:
+    measure = case.yardstick[1](inputs)
+    yardstick: list[float] = []
+    taking_turns = [x for x in live if not x.variant.once]
+    repeats = [_repeats(measure, nullcontext, timing.least_s)]
+    # What lasts as long as a product, or many seconds, was warmed up and is called once a sample.
+    if (case.least and repeats == [1]) or case.rounds is not None:
+        repeats += [1] * len(taking_turns)
+    else:
+        repeats += [
+            _repeats(x.prepared.call, x.variant.context, timing.least_s) for x in taking_turns
+        ]
+    order = list(range(len(repeats)))
+    rng = random.Random(timing.seed)
+    rounds = _rounds(case, timing)
+    for turn in range(rounds):
+        rng.shuffle(order)
+        for which in order:
+            if not which:
+                yardstick.append(_sample(measure, nullcontext, repeats[0])[0])
+                continue
+            x = taking_turns[which - 1]
+            result = x.sample(repeats[which])
+            if turn == rounds - 1:
+                read = x.prepared.read(result)
+                _accept(case, x.row, read, expected, "the last timed output")
+            del result
+    right = [x for x in live if x.row.status == "ok"]
+    own = [x.seconds for x in right if x.row.peer == OURS]
+    ours = min(own, key=statistics.median, default=None)
+    for x in right:
+        _fill(x, yardstick, ours, case.traffic)
+
+
+def _repeats(
+    call: Callable[[], Any], context: Callable[[], AbstractContextManager[Any]], least_s: float
+) -> int:
+    """Calls that make one sample last ``least_s``."""
+    repeats = 1
+    while True:
+        seconds, _ = _sample(call, context, repeats)
+        if seconds * repeats >= least_s:
+            return repeats
+        repeats = max(2 * repeats, math.ceil(least_s / max(seconds, 1e-9)))
+
+
+def _sample(
+    call: Callable[[], Any], context: Callable[[], AbstractContextManager[Any]], repeats: int
+) -> tuple[float, Any]:
+    """Seconds per call, and the last result."""
+    result = None
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        with context():
+            start = time.perf_counter()
+            for _ in range(repeats):
+                result = call()
+            return (time.perf_counter() - start) / repeats, result
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _fill(x: _Live, yardstick: list[float], ours: list[float] | None, traffic: int | None) -> None:
+    row, median = x.row, statistics.median(x.seconds)
+    row.ms, row.yardstick_ms = 1e3 * median, 1e3 * statistics.median(yardstick)
+    if len(x.seconds) > 1:
+        first, _, third = statistics.quantiles(x.seconds, n=4, method="inclusive")
+        row.ms_iqr = 1e3 * (third - first)
+    row.ratio = _relative(x.seconds, yardstick)
+    row.against_ours = None if ours is None else _relative(x.seconds, ours)
+    row.parts = {
+        part: 1e3 * statistics.median(parts[part] for parts in x.parts) for part in x.parts[0]
+    }
+    row.gb_s = None if traffic is None else traffic / median / 1e9
+
+
+def _relative(seconds: list[float], others: list[float]) -> float:
+    """Median over rounds of the quotient; that of the medians where one was timed apart."""
+    if len(seconds) != len(others):
+        return statistics.median(seconds) / statistics.median(others)
+    return statistics.median(a / b for a, b in zip(seconds, others, strict=True))
