@@ -163,7 +163,7 @@ def test_scores_of_attention_by_brute_force(own: list[int], before: list[int]) -
         return sum(min(length, 512 * ((query // 512) + 1)) for query in range(length))
 
     counted = costs.attention_scores(np.array(own), np.array(before))
-    exact = sum(map(blocks, own, before, strict=True))
+    exact = sum(blocks(o, b) for o, b in zip(own, before, strict=True))
     assert counted == pytest.approx(exact, rel=0.05)
     if max(own) <= 512:
         assert counted == exact
