@@ -29,8 +29,9 @@ from airl_fast.passes import action_logp
 from benchmarks import environment, heads, memory, page
 from benchmarks.cost_steps import StepRunner, random_model, random_traces
 from benchmarks.fits import fit_growth
-from benchmarks.harness import Timing, run_case
+from benchmarks.harness import Timing
 from benchmarks.packing import TINY, ModelShape
+from benchmarks.runner import run_case
 
 _ROOT = Path(__file__).resolve().parent.parent
 _BUDGET = 1024  # tokens of a micro-batch of the steps
