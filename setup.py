@@ -25,7 +25,7 @@ setup(
             depends=sorted(glob("csrc/*.h")),
             cxx_std=17,
             extra_compile_args=_FLAGS,
-            extra_link_args=[] if sys.platform == "win32" else ["-pthread"],
+            extra_link_args=[] if sys.platform == "win32" else ["-pthread", "-ldl"],
         )
     ],
     cmdclass={"build_ext": build_ext},

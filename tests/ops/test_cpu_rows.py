@@ -198,6 +198,6 @@ def test_the_kernels_are_clean_under_the_sanitizers(tmp_path):
     program = tmp_path / "harness"
     sources = [str(f) for f in sorted(CSRC.glob("*.cpp")) if f.name != "bindings.cpp"]
     flags = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off"]
-    build = [compiler, *flags, *sanitize, "-pthread", f"-I{CSRC}", str(HARNESS), *sources]
+    build = [compiler, *flags, *sanitize, "-pthread", f"-I{CSRC}", str(HARNESS), *sources, "-ldl"]
     subprocess.run([*build, "-o", str(program)], check=True)
     subprocess.run([str(program)], check=True, env={"ASAN_OPTIONS": "detect_leaks=0"})
