@@ -32,6 +32,19 @@ def read_rows(
     logp: int,
     entropy: int,
 ) -> None: ...
+def weigh_rows(
+    chunk: _Chunk,
+    head: _Head,
+    targets: int,
+    first: int,
+    threads: int,
+    stats: int,
+    logp: int,
+    entropy: int,
+    tangent: int,
+    sums: int,
+    width: int,
+) -> None: ...
 def differentiate_rows(
     chunk: _Chunk,
     head: _Head,

@@ -167,6 +167,24 @@ PYBIND11_MODULE(_C, m) {
       py::arg("stats"), py::arg("d_logp"), py::arg("d_entropy"), py::arg("gradient"));
 
   m.def(
+      "weigh_rows",
+      [](const Chunk& chunk, const Head& head, std::uintptr_t targets, std::int64_t first,
+         int threads, std::uintptr_t stats, std::uintptr_t logp, std::uintptr_t entropy,
+         std::uintptr_t tangent, std::uintptr_t sums, std::int64_t width) {
+        const auto rows = chunk_of(chunk);
+        if (rows.element != airl_fast::Element::kFloat32) {
+          throw std::invalid_argument("weigh_rows takes float32 alone");
+        }
+        py::gil_scoped_release unlocked;
+        airl_fast::weigh_rows(rows, head_of(head), targets_at(targets), first, threads,
+                              stats_at(stats), output(logp), output(entropy), output(tangent),
+                              output(sums), width);
+      },
+      py::arg("chunk"), py::arg("head"), py::arg("targets"), py::arg("first"), py::arg("threads"),
+      py::arg("stats"), py::arg("logp"), py::arg("entropy"), py::arg("tangent"), py::arg("sums"),
+      py::arg("width"));
+
+  m.def(
       "discriminator_loss",
       [](const Discriminator& spans, std::uintptr_t out) {
         with_spans(spans, [=](const auto& values, const auto& options) {

@@ -76,6 +76,18 @@ void differentiate_rows(const Chunk& chunk, const Head& head, const std::int64_t
   });
 }
 
+void weigh_rows(const Chunk& chunk, const Head& head, const std::int64_t* targets,
+                std::int64_t first, int threads, RowStats* stats, float* logp, float* entropy,
+                float* tangent, float* sums, std::int64_t width) {
+  const auto kernel = kernels().weigh;
+  share(chunk.rows, rows_per_piece(chunk), threads, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t r = begin; r < end; ++r) {
+      kernel(chunk, head, r, targets[r] - first, first == 0, stats + r, logp + r, entropy + r,
+             tangent + r, sums + r * width, width);
+    }
+  });
+}
+
 std::vector<std::string> vector_paths() {
   std::vector<std::string> names;
   for (const Path& path : paths()) names.emplace_back(path.name);

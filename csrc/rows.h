@@ -52,6 +52,17 @@ void differentiate_rows(const Chunk& chunk, const Head& head, const std::int64_t
                         std::int64_t first, int threads, const RowStats* stats,
                         const float* d_logp, const float* d_entropy, void* gradient);
 
+// For gradients at the hidden states alone, which need no second look at the logits. Reads columns
+// as read_rows does, and turns a (float32) into weights exp(z - m) tanh'(..), m the largest z so
+// far, 0 at the target; and where m has grown multiplies sums [R, width] by exp(m before - m). So
+// when each part's weights times its rows of the head have been added to sums, these are
+//   sum over k != target of exp(z_k - m) tanh'_k W_k
+// and the gradient is slope d_logp (tangent (1 - p_target) W_target - sums / s). tangent [R] is
+// tanh' at the target, 1 without a cap.
+void weigh_rows(const Chunk& chunk, const Head& head, const std::int64_t* targets,
+                std::int64_t first, int threads, RowStats* stats, float* logp, float* entropy,
+                float* tangent, float* sums, std::int64_t width);
+
 // Vector instructions: "avx512", "avx2" and "portable", the first that the processor has is used.
 std::vector<std::string> vector_paths();
 std::string vector_path();

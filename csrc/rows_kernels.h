@@ -20,8 +20,12 @@ struct RowKernels {
   using Differentiate = void (*)(const Chunk&, const Head&, std::int64_t row, std::int64_t target,
                                  const RowStats& stats, double d_logp, double d_entropy,
                                  void* gradient);
+  using Weigh = void (*)(const Chunk&, const Head&, std::int64_t row, std::int64_t target,
+                         bool fresh, RowStats* stats, float* logp, float* entropy, float* tangent,
+                         float* sums, std::int64_t width);
   Read read[3];  // by Element
   Differentiate differentiate[3];
+  Weigh weigh;  // float32
 };
 
 const RowKernels& portable_kernels();
@@ -232,11 +236,65 @@ void differentiate(const Chunk& chunk, const Head& head, std::int64_t row, std::
   }
 }
 
+// Makes what was added up so far relative to a new largest z, which is above the one before.
+inline void rescale(double rise, RowStats* stats, float* sums, std::int64_t width) {
+  const double shrink = std::exp(-rise);
+  stats->gap = shrink * (stats->gap + rise * stats->sum);
+  stats->sum *= shrink;
+  for (std::int64_t k = 0; k < width; ++k) sums[k] *= static_cast<float>(shrink);
+}
+
+template <class V>
+void weigh(const Chunk& chunk, const Head& head, std::int64_t row, std::int64_t target, bool fresh,
+           RowStats* stats, float* logp, float* entropy, float* tangent, float* sums,
+           std::int64_t width) {
+  float* a = static_cast<float*>(chunk.logits) + row * chunk.row_stride;
+  alignas(64) float z[kBlock], slope[kBlock];
+  const auto each_block = [&](float* slopes, auto work) {
+    for (std::int64_t start = 0; start < chunk.vocab; start += kBlock) {
+      const std::int64_t left = chunk.vocab - start, count = left < kBlock ? left : kBlock;
+      shape<V>(a + start, head.bias ? head.bias + start : nullptr, count, head, z, slopes);
+      work(start, count);
+    }
+  };
+  if (fresh) *stats = {-HUGE_VAL, 0.0, 0.0, 0.0};
+  float largest = static_cast<float>(stats->largest);
+  each_block(nullptr, [&](std::int64_t start, std::int64_t count) {
+    const float m = largest_of<V>(z, count);
+    if ((fresh && start == 0) || m > largest) largest = m;
+  });
+  if (!fresh && largest > stats->largest) rescale(largest - stats->largest, stats, sums, width);
+  stats->largest = largest;
+
+  const bool capped = head.outer != 0.0f;
+  const float finite = largest == -HUGE_VALF ? 0.0f : largest;
+  const auto top = V::set(finite);
+  each_block(slope, [&](std::int64_t start, std::int64_t count) {
+    accumulate<V, true>(z, count, finite, &stats->sum, &stats->gap);
+    const auto weight = [&](std::int64_t i) {
+      const auto e = exponential<V>(V::sub(V::load(z + i), top));
+      return capped ? V::mul(e, V::load(slope + i)) : e;
+    };
+    std::int64_t i = 0;
+    for (; i + V::kWidth <= count; i += V::kWidth) V::store(a + start + i, weight(i));
+    if (i < count) store_first<V>(a + start + i, weight(i), count - i);
+    if (target >= start && target < start + count) {
+      stats->target = z[target - start];
+      *tangent = capped ? slope[target - start] : 1.0f;
+      a[target] = 0.0f;
+    }
+  });
+  const double log_sum = std::log(stats->sum);
+  *logp = static_cast<float>((stats->target - largest) - log_sum);
+  *entropy = static_cast<float>(log_sum + stats->gap / stats->sum);
+}
+
 template <class V>
 const RowKernels& kernels_of() {
   static const RowKernels kernels = {
       {read<V, float>, read<V, BFloat16>, read<V, Float16>},
-      {differentiate<V, float>, differentiate<V, BFloat16>, differentiate<V, Float16>}};
+      {differentiate<V, float>, differentiate<V, BFloat16>, differentiate<V, Float16>},
+      weigh<V>};
   return kernels;
 }
 

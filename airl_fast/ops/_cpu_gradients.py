@@ -17,9 +17,12 @@ import torch
 from torch import Tensor
 
 from airl_fast.ops import _head
+from airl_fast.ops._cpu_frozen import frozen_sweep
 from airl_fast.ops._cpu_head import CPUHead, Rows, chunks, empty, even_limit, read_all, tile_floats
 from airl_fast.ops._head import kept_rows
 from airl_fast.ops._policy_terms import ActionLoss, Actions, pieces
+
+_HIDDEN = (True, False, False)  # what a frozen head asks for
 
 
 def chunk_rows(vocab: int, copied: int, converted: bool = False) -> int:
@@ -178,10 +181,15 @@ def logprob_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `linear_logprob`: the logits again, and a product for each matrix."""
     kept = kept_rows(targets, ignore_index)
-    options = temperature, softcap, logit_scale
-    sweep = GradientSweep(Rows(hidden, kept), targets[kept], weight, bias, options, needs)
-    d_logp = None if d_logp is None else d_logp[kept].float()
+    head = weight, bias, (temperature, softcap, logit_scale)
+    rows = Rows(hidden, kept)
     d_entropy = None if d_entropy is None else d_entropy[kept].float()
+    if d_logp is not None:
+        d_logp = d_logp[kept].float()
+        if d_entropy is None and needs == _HIDDEN:
+            *_, d_hidden = frozen_sweep(rows, targets[kept], *head, lambda _: d_logp)
+            return d_hidden, torch.empty(0), torch.empty(0)
+    sweep = GradientSweep(rows, targets[kept], *head, needs)
     logp = torch.empty(len(kept))
     read_entropy = None if d_entropy is None else torch.empty(len(kept))
     for chunk in chunks(len(kept), sweep.limit, first=sweep.home):
@@ -209,6 +217,16 @@ def policy_loss_sweep(
     if not any(needs):
         read_all(rows, actions.targets, weight, bias, head_options, logp, entropy)
         return logp, entropy, (torch.empty(0), torch.empty(0), torch.empty(0))
+    if needs == _HIDDEN and not loss.entropy_coef:
+        logp, entropy, d_hidden = frozen_sweep(
+            rows,
+            actions.targets,
+            weight,
+            bias,
+            head_options,
+            lambda logp: loss.terms(logp, actions).d_logp,
+        )
+        return logp, entropy, (d_hidden, torch.empty(0), torch.empty(0))
     sweep = GradientSweep(
         rows, actions.targets, weight, bias, head_options, needs, whole=loss.per_sequence
     )

@@ -154,6 +154,46 @@ class CPUHead:
             gradient.data_ptr(),
         )
 
+    def weigh(
+        self,
+        x: Tensor,
+        targets: Tensor,
+        first: int,
+        logits: Tensor,
+        logp: Tensor,
+        entropy: Tensor,
+        tangent: Tensor,
+        sums: Tensor,
+    ) -> None:
+        """Read a tile as `read` does, and add it to ``sums [R, D]``; fill ``tangent [R]``.
+
+        Once all columns have been read, `settle` turns the sums into the gradient at ``x``.
+        """
+        part = self.part(first, first + logits.shape[1])
+        torch.mm(x, part.t(), out=logits)
+        _C.weigh_rows(
+            self._chunk(logits),
+            self._head(first),
+            targets.data_ptr(),
+            first,
+            self._threads,
+            self._stats.data_ptr(),
+            logp.data_ptr(),
+            entropy.data_ptr(),
+            tangent.data_ptr(),
+            sums.data_ptr(),
+            sums.shape[1],
+        )
+        sums.addmm_(logits, part, beta=float(first > 0))
+
+    def settle(self, targets: Tensor, d_logp: Tensor, tangent: Tensor, sums: Tensor) -> None:
+        """Turn sums into ``slope d_logp (tangent (1 - p) W_target - sums / s)`` (csrc/rows.h)."""
+        largest, total, _, target = self._stats[: len(sums)].unbind(1)
+        scale = d_logp * self._options[2]
+        others = 1 - (target - largest).exp() / total
+        sums.mul_((-scale / total).float()[:, None])
+        sums.addcmul_(self.weight[targets].float(), (scale * tangent * others).float()[:, None])
+
     def _head(self, first: int) -> tuple[int, float, float, float]:
         return 0 if self._bias is None else self._bias[first:].data_ptr(), *self._options
 

@@ -37,6 +37,19 @@ bool rows(std::int64_t rows, std::int64_t vocab, std::int64_t gap, airl_fast::El
                                   upstream.data(), upstream.data(), gradient->data());
   }
   bool sound = true;
+  if (element == airl_fast::Element::kFloat32) {  // gradients are logits, too; in two parts
+    const std::int64_t width = 3, half = vocab / 2;
+    std::vector<float> tangent(count), sums(count * width, 1.0f);
+    for (std::int64_t first = 0; first < vocab; first += half > 0 && first == 0 ? half : vocab) {
+      const std::int64_t columns = first == 0 && half > 0 ? half : vocab - first;
+      const airl_fast::Chunk part{elsewhere.data() + first, stride, rows, columns, element};
+      const airl_fast::Head tile{biased ? bias.data() + first : nullptr, 0.7f,
+                                 capped ? 9.0f : 0.0f, 0.7f};
+      airl_fast::weigh_rows(part, tile, targets.data(), first, threads, stats.data(), logp.data(),
+                            entropy.data(), tangent.data(), sums.data(), width);
+    }
+    for (const float sum : sums) sound &= std::isfinite(sum);
+  }
   for (std::size_t r = 0; r < count; ++r) sound &= logp[r] <= 0.0f && entropy[r] >= 0.0f;
   for (const T& gradient : logits) sound &= std::isfinite(airl_fast::widen(gradient));
   return sound;

@@ -117,6 +117,44 @@ def test_columns_differentiated_one_part_after_the_other_into_other_memory(head,
     assert torch.equal(a, kept)
 
 
+@pytest.mark.parametrize("columns", [1, 7, 2049, 5000])
+@pytest.mark.parametrize("head", HEADS, ids=["plain", "all"])
+@pytest.mark.parametrize("magnitude", [1.0, 40.0])
+def test_weights_add_up_to_the_gradient_at_the_hidden_states(magnitude, head, columns, path):
+    a, bias, targets, upstream = inputs(5000 if columns > 7 else 50, rows=7, magnitude=magnitude)
+    weight = torch.randn(a.shape[1], 3, generator=torch.Generator().manual_seed(1)).double()
+    leaf = a.double().requires_grad_()
+    truth = exact(leaf, targets, bias, **head)
+    (expected,) = torch.autograd.grad(truth[0] @ upstream[0].double(), leaf)
+    logp, entropy, tangent = torch.full((3, 7), math.nan)
+    sums, stats = torch.full((7, 3), math.nan), torch.full((7, 4), math.nan).double()
+    cap, t, scale = head.get("softcap"), head.get("temperature", 1.0), head.get("logit_scale", 1.0)
+    options = (scale / (cap or t), cap / t if cap else 0.0, scale / t)
+    for first in range(0, a.shape[1], columns):
+        part = a[:, first:][:, :columns].contiguous()
+        _C.weigh_rows(
+            (part.data_ptr(), part.shape[1], 7, part.shape[1], 0),
+            (bias.data_ptr() + 4 * first, *options),
+            targets.data_ptr(),
+            first,
+            2,
+            *(x.data_ptr() for x in (stats, logp, entropy, tangent, sums)),
+            3,
+        )
+        assert (part >= 0).all()
+        assert (part <= 1).all()
+        added = part.double() @ weight[first:][:columns]
+        sums = (added if first == 0 else sums + added).float()
+    tolerance = 4e-7 * max(8.0, 4 * magnitude)
+    torch.testing.assert_close(logp.double(), truth[0], rtol=0, atol=tolerance)
+    torch.testing.assert_close(entropy.double(), truth[1], rtol=0, atol=tolerance)
+    largest, total, _, target = stats.unbind(1)
+    others = tangent * (1 - (target - largest).exp() / total)
+    gradient = others[:, None] * weight[targets] - sums / total[:, None]
+    got = options[2] * upstream[0].double()[:, None] * gradient
+    torch.testing.assert_close(got, expected @ weight, rtol=0, atol=10 * tolerance)
+
+
 def test_the_log_probability_does_not_depend_on_the_entropy_nor_on_threads(path):
     a, bias, targets, upstream = inputs(5000, rows=37)
     results = []

@@ -113,6 +113,27 @@ def test_dtypes(dtype, head, refuses, small_chunks):
         torch.testing.assert_close(value.double(), exact, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("magnitude", [1.0, 300.0])
+@pytest.mark.parametrize("chunk_bytes", [32 * 31, 2**27], ids=["tiles", "one_tile"])
+def test_a_frozen_head_gives_the_gradient_at_the_hidden_states(
+    chunk_bytes, magnitude, head, monkeypatch
+):
+    """In tiles of a few tokens; logits that grow with the token's number, so maxima rise."""
+    monkeypatch.setattr(_head, "CHUNK_BYTES", chunk_bytes)
+    hidden, weight, targets, bias = inputs(9, 61)
+    with torch.no_grad():
+        weight.copy_(weight[(weight @ hidden.sum(0)).argsort()] * magnitude)
+    weight, bias = weight.detach(), bias.detach()
+    logp = linear_logprob(hidden, weight, targets, bias=bias, **head)
+    (got,) = torch.autograd.grad(logp, hidden, upstream(9)[0])
+    exact = hidden.detach().double().requires_grad_()
+    truth = oracle.linear_logprob(exact, weight, targets, bias=bias, **head)[0]
+    (expected,) = torch.autograd.grad(truth, exact, upstream(9)[0].double())
+    torch.testing.assert_close(logp.double(), truth, rtol=1e-5, atol=1e-5 * magnitude)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=2e-5 * magnitude**2)
+
+
 def test_autocast_does_not_round_the_logits():
     tensors = inputs(9, 13)
     wanted = [tensors[0], tensors[1], tensors[3]]
