@@ -4,8 +4,9 @@
     n segments of a bucket, padded to l query tokens and m key tokens
 
 A segment attends to itself, causally, and to all of the segment that it continues, so that every
-sequence gets exactly the result of being run alone. Segments of like size share one
-scaled_dot_product_attention call (layout.py says which), on any device.
+sequence gets exactly the result of being run alone. On a GPU that is one call of flash attention
+(varlen.py) where it can serve; everywhere else segments of like size share one
+scaled_dot_product_attention call (layout.py says which).
 """
 
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from airl_fast import varlen
 from airl_fast.layout import Bucket, PackedLayout, layout_of
 from airl_fast.packing import PackedBatch
 
@@ -37,7 +39,7 @@ def packed_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    packed_layout: PackedLayout | None = None,
+    packed_batch: PackedBatch | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend within the sequences of a packed batch (transformers' AttentionInterface).
@@ -53,17 +55,17 @@ def packed_attention(
         sliding_window: a token sees itself and the ``sliding_window - 1`` before it.
         softcap: scores become ``softcap * tanh(scores / softcap)`` (Gemma 2).
         s_aux: [H] scores of a sink that takes its share of the softmax and adds nothing (gpt-oss).
-        packed_layout: from :func:`layout_of`, as :func:`packed_forward` passes it.
+        packed_batch: the batch, as :func:`packed_forward` passes it.
         kwargs: whatever else the model passes on; what would change the scores is refused.
 
     Returns:
         [1, T, H, Ev], and None for the attention weights.
 
     Raises:
-        ValueError: no layout, dropout, or an argument that this attention does not know.
+        ValueError: no batch, dropout, or an argument that this attention does not know.
     """
     name = type(module).__name__
-    if packed_layout is None:
+    if packed_batch is None:
         raise ValueError(
             f"{name} is set up for packed batches but was given none: call the model through "
             "airl_fast.attention.packed_forward, or inside standard_attention(model) to generate"
@@ -71,14 +73,18 @@ def packed_attention(
     _refuse_what_is_not_honoured(module, dropout, kwargs)
     window = _agreed_window(name, attention_mask, sliding_window)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    outputs = []
-    for bucket, q, k, v in _gather(packed_layout, query, key, value):
+    if varlen.serves(query, value, softcap, s_aux) is None:
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        layout = varlen.varlen_layout_of(packed_batch)
+        return varlen.varlen_attention(layout, q, k, v, scale, window)[None], None
+    outputs, buckets = [], layout_of(packed_batch)
+    for bucket, q, k, v in _gather(buckets, query, key, value):
         if softcap is None and s_aux is None:
             out = _sdpa(bucket, q, k, v, scale, window)
         else:
             out = _explicit(bucket, q, k, v, scale, window, softcap, s_aux)
         outputs.append(out.transpose(1, 2).flatten(0, 1))  # [n * l, H, Ev]
-    return torch.cat(outputs).index_select(0, packed_layout.restore)[None], None
+    return torch.cat(outputs).index_select(0, buckets.restore)[None], None
 
 
 def _refuse_what_is_not_honoured(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
@@ -282,8 +288,7 @@ def packed_forward(
             f"expected inputs_embeds of shape [{batch.num_tokens}, D], received "
             f"{tuple(inputs_embeds.shape)}: one row per token of the batch"
         )
-    layout = layout_of(batch)
-    _check_rope(config, layout.longest)
+    _check_rope(config, batch)
     tokens = (
         {"input_ids": batch.input_ids[None]}
         if inputs_embeds is None
@@ -294,7 +299,7 @@ def packed_forward(
         position_ids=batch.position_ids[None],
         attention_mask=None,
         use_cache=False,
-        packed_layout=layout,
+        packed_batch=batch,
     )
     if not hasattr(output, "last_hidden_state"):
         raise ValueError(
@@ -304,13 +309,14 @@ def packed_forward(
     return output.last_hidden_state[0]
 
 
-def _check_rope(config: Any, longest: int) -> None:
+def _check_rope(config: Any, batch: PackedBatch) -> None:
     """Refuse lengths at which the rotation depends on the longest sequence of the batch."""
     parameters = getattr(config, "rope_parameters", None) or {}
     per_layer = [p for p in parameters.values() if isinstance(p, dict)]
     for rope in per_layer or [parameters]:
         if rope.get("rope_type") in ("dynamic", "longrope"):
             limit = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+            longest = int(batch.position_ids.max()) + 1
             if longest > limit:
                 raise ValueError(
                     f"a sequence has {longest} tokens, and beyond {limit} the model's "

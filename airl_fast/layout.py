@@ -56,7 +56,6 @@ class PackedLayout:
     queries: Tensor  # [sum of n * l] int64 token indices, bucket after bucket
     keys: Tensor  # [sum of n * m] int64 token indices
     restore: Tensor  # [T] int64, the row of the outputs, laid out as the queries, of each token
-    longest: int  # positions of the longest sequence, prefix included
 
 
 _layouts: "WeakKeyDictionary[PackedBatch, PackedLayout]" = WeakKeyDictionary()
@@ -98,13 +97,11 @@ def _make_layout(cu: np.ndarray, prefix: np.ndarray, device: torch.device) -> Pa
         row = rows + np.arange(query.size).reshape(query.shape)
         restore[(start + query)[real]] = row[real]
         rows += query.size
-    longest = int((lengths + before).max())
     return PackedLayout(
         buckets=buckets,
         queries=torch.from_numpy(np.concatenate(queries)).to(device),
         keys=torch.from_numpy(np.concatenate(keys)).to(device),
         restore=torch.from_numpy(restore).to(device),
-        longest=longest,
     )
 
 
