@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <type_traits>
 
 #include "exchange.h"
 #include "segments.h"
@@ -116,7 +117,10 @@ int thread_count(std::int64_t values) {
   return count == nullptr ? 1 : static_cast<int>(PyLong_AsLong(count));
 }
 
-// A float32 vector in one piece of memory with what describes it, which goes when it does.
+template <typename T>
+constexpr std::uint8_t kCode = std::is_integral_v<T> ? dlpack::kInt : dlpack::kFloat;
+
+// A vector of T in one piece of memory with what describes it, which goes when it does.
 struct Vector {
   dlpack::Managed managed;
   std::int64_t length;
@@ -129,8 +133,9 @@ struct Vector {
   }
 
   // Null where there is no memory left.
-  static Vector* make(std::int64_t length, float** values) {
-    const std::size_t bytes = static_cast<std::size_t>(length) * sizeof(float);
+  template <typename T>
+  static Vector* make(std::int64_t length, T** values) {
+    const std::size_t bytes = static_cast<std::size_t>(length) * sizeof(T);
     void* memory = std::malloc(bytes + sizeof(Vector) + kAligned);
     if (memory == nullptr) return nullptr;
     const auto after = reinterpret_cast<std::uintptr_t>(memory) + sizeof(Vector) + kAligned - 1;
@@ -141,18 +146,18 @@ struct Vector {
     vector->managed.version = {dlpack::kMajor, 0};
     vector->managed.context = vector;
     vector->managed.deleter = release;
-    vector->managed.tensor = {data, dlpack::kCPU, 0, 1, dlpack::kFloat, 32, 1,
+    vector->managed.tensor = {data, dlpack::kCPU, 0, 1, kCode<T>, 8 * sizeof(T), 1,
                               &vector->length, nullptr, 0};
-    *values = static_cast<float*>(data);
+    *values = static_cast<T*>(data);
     return vector;
   }
 };
 
-// A new float32 tensor filled by run(float*), without the interpreter lock where `work` is large;
+// A new tensor of T filled by run(T*), without the interpreter lock where `work` is large;
 // null where run returns false, or where there can be none.
-template <class Run>
+template <typename T, class Run>
 PyObject* filled(std::int64_t length, std::int64_t work, Run run) {
-  float* out;
+  T* out;
   Vector* made = Vector::make(length, &out);
   if (made == nullptr) return nullptr;
   PyThreadState* unlocked = work < kUnlocked ? nullptr : PyEval_SaveThread();
@@ -172,23 +177,24 @@ PyObject* left_to_the_operator() {
   Py_RETURN_NONE;
 }
 
+// Reads valid values and offsets, where nothing stands in the way but perhaps a gradient.
+bool read_inputs(PyObject* x, PyObject* cu, dlpack::Tensor* values, Offsets* at) {
+  return torch.exchange != nullptr && backend_is_ours() && nothing_watches() &&
+         read_values(x, values) && read_offsets(cu, at) && partitions(*at, values->shape[0]);
+}
+
 // The result of run(values, offsets, threads, out), of length N if kPerValue, else S.
 template <bool kPerValue, class Run>
 PyObject* over_spans(PyObject* x, PyObject* cu, Run run) {
-  if (torch.exchange == nullptr || !backend_is_ours() || !nothing_watches()) {
-    return left_to_the_operator();
-  }
   dlpack::Tensor values;
   Offsets at;
-  if (!read_values(x, &values) || !read_offsets(cu, &at) || !partitions(at, values.shape[0])) {
-    return left_to_the_operator();
-  }
+  if (!read_inputs(x, cu, &values, &at)) return left_to_the_operator();
   const Owned recorded(records(x));
   if (recorded.is(Py_True)) Py_RETURN_FALSE;
   if (!recorded.is(Py_False)) return left_to_the_operator();
   const std::int64_t total = values.shape[0];
   const int threads = thread_count(total);
-  PyObject* result = filled(kPerValue ? total : at.spans, total, [&](float* out) {
+  PyObject* result = filled<float>(kPerValue ? total : at.spans, total, [&](float* out) {
     return values.bits == 32 ? run(view<float>(values), at, threads, out)
                              : run(view<double>(values), at, threads, out);
   });
@@ -216,6 +222,19 @@ PyObject* eager_last(PyObject*, PyObject* const* given, Py_ssize_t count) {
     segment_last(x, at, threads, out);
     return true;
   });
+}
+
+// The index of the last value of each span, int64 [S]: torch differentiates what it selects.
+PyObject* eager_ends(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  if (!expects("eager_ends", count, 2)) return nullptr;
+  dlpack::Tensor values;
+  Offsets at;
+  if (!read_inputs(given[0], given[1], &values, &at)) return left_to_the_operator();
+  PyObject* result = filled<std::int64_t>(at.spans, at.spans, [&](std::int64_t* out) {
+    for (std::int64_t s = 0; s < at.spans; ++s) out[s] = at.cu[s + 1] - 1;
+    return true;
+  });
+  return result == nullptr ? left_to_the_operator() : result;
 }
 
 PyObject* eager_softmax(PyObject*, PyObject* const* given, Py_ssize_t count) {
@@ -256,7 +275,7 @@ PyObject* gradient_of(PyObject* g, PyObject* cu, Run run) {
     return left_to_the_operator();
   }
   const int threads = thread_count(total);
-  PyObject* result = filled(total, total, [&](float* out) {
+  PyObject* result = filled<float>(total, total, [&](float* out) {
     return run(view<float>(values), at, threads, out);
   });
   return result == nullptr ? left_to_the_operator() : result;
@@ -268,15 +287,6 @@ PyObject* eager_spread(PyObject*, PyObject* const* given, Py_ssize_t count) {
   return gradient_of<false>(given[0], given[1],
                             [](View<float> g, Offsets at, int threads, float* out) {
                               segment_spread(g, at, kMean, threads, out);
-                              return true;
-                            });
-}
-
-PyObject* eager_scatter(PyObject*, PyObject* const* given, Py_ssize_t count) {
-  if (!expects("eager_scatter", count, 2)) return nullptr;
-  return gradient_of<false>(given[0], given[1],
-                            [](View<float> g, Offsets at, int threads, float* out) {
-                              segment_scatter(g, at, threads, out);
                               return true;
                             });
 }
@@ -324,11 +334,11 @@ void bind_eager(PyObject* module) {
                                   method("eager_sum", eager_sum<false>),
                                   method("eager_mean", eager_sum<true>),
                                   method("eager_last", eager_last),
+                                  method("eager_ends", eager_ends),
                                   method("eager_softmax", eager_softmax),
                                   method("eager_returns", eager_returns),
                                   method("eager_spread", eager_spread<false>),
                                   method("eager_spread_mean", eager_spread<true>),
-                                  method("eager_scatter", eager_scatter),
                                   method("eager_softmax_gradient", eager_softmax_gradient),
                                   {}};
   requires_grad = PyUnicode_InternFromString("requires_grad");

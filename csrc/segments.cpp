@@ -125,13 +125,6 @@ void segment_spread(View<float> g, Offsets at, bool mean, int threads, float* ou
   });
 }
 
-void segment_scatter(View<float> g, Offsets at, int threads, float* out) {
-  share_spans(at, threads, [=](std::int64_t first, std::int64_t last) {
-    std::fill(out + at.cu[first], out + at.cu[last], 0.0f);
-    for (std::int64_t s = first; s < last; ++s) out[at.cu[s + 1] - 1] = g.data[s * g.stride];
-  });
-}
-
 void segment_softmax_gradient(const float* p, View<float> g, Offsets at, int threads, float* out) {
   share_spans(at, threads, [=](std::int64_t first, std::int64_t last) {
     if constexpr (kX86) {

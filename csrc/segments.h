@@ -47,9 +47,8 @@ template <typename T>
 bool discounted_scan(View<T> x, Offsets at, double gamma, bool forwards, int threads, float* out);
 
 // Gradients, given those at the results, g. Of sum and mean, g [S]: out[i] = g[s] (over the length
-// of span s); of the last value: out[i] = g[s] at that one and 0 elsewhere.
+// of span s).
 void segment_spread(View<float> g, Offsets at, bool mean, int threads, float* out);
-void segment_scatter(View<float> g, Offsets at, int threads, float* out);
 
 // Of the softmax p [N], g [N]: out[i] = p[i] (g[i] - sum over the span of p g).
 void segment_softmax_gradient(const float* p, View<float> g, Offsets at, int threads, float* out);

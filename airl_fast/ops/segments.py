@@ -235,8 +235,7 @@ def _mean_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
 
 def _last_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     (cu,) = ctx.saved_tensors
-    if is_dynamo_compiling() or (dx := _C.eager_scatter(grad, cu)) is None:
-        dx = grad.new_zeros(ctx.total).index_copy(0, cu[1:].long() - 1, grad)
+    dx = grad.new_zeros(ctx.total).index_copy(0, cu[1:].long() - 1, grad)
     return dx.to(ctx.dtype), None
 
 
@@ -261,8 +260,13 @@ _softmax.register_autograd(_softmax_backward, setup_context=_keep_output)
 
 _sum_recorded = recorded(_C.eager_sum, _sum, _keep_inputs, _sum_backward)
 _mean_recorded = recorded(_C.eager_mean, _mean, _keep_inputs, _mean_backward)
-_last_recorded = recorded(_C.eager_last, _last, _keep_inputs, _last_backward)
 _softmax_recorded = recorded(_C.eager_softmax, _softmax, _keep_output, _softmax_backward)
+
+
+def _last_recorded(x: Tensor, cu: Tensor) -> Tensor:
+    """Leave the gradient to torch, whose index_select has one without a step in Python."""
+    ends = _C.eager_ends(x, cu)
+    return _last(x, cu) if ends is None else x.index_select(0, ends).float()
 
 
 # Backend "reference": plain torch, any dtype and device.

@@ -74,7 +74,6 @@ void segments(std::int64_t stride, int threads, std::vector<std::int32_t> cu) {
   }
   airl_fast::segment_last(view, at, threads, by_span.data());
   airl_fast::segment_softmax(view, at, threads, by_value.data());
-  airl_fast::segment_scatter({by_span.data(), 1}, at, threads, by_value.data());
   airl_fast::segment_softmax_gradient(p.data(), gradient, at, threads, by_value.data());
 }
 
