@@ -4,7 +4,7 @@ N elements in B sequences. The yardstick is a copy of the N elements into memory
 there. The padded formulations get their inputs padded beforehand; padding is not timed.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -308,8 +308,6 @@ _PEERS: dict[str, dict[str, Peer]] = {
         "python loop": Peer(
             _loop_returns, note="over tokens, in Python floats", differentiable=False
         ),
-        "padded": Peer(
-            _padded_powers, "mask", "divides by powers of gamma; padded beforehand"
-        ),
+        "padded": Peer(_padded_powers, "mask", "divides by powers of gamma; padded beforehand"),
     },
 }

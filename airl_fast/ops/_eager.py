@@ -32,8 +32,9 @@ _NAMES = (  # of torch._C: what says that something follows or changes the opera
 def prepare() -> bool:
     """Hand torch's interface to the eager functions of ``_C``; whether they serve from now on."""
     modes, dispatch_modes, transforms, tracing = (getattr(torch._C, n, None) for n in _NAMES)
-    known = modes and dispatch_modes and transforms and tracing
-    if not known or not hasattr(forward_ad, "_current_level"):
+    if not (modes and dispatch_modes and transforms and tracing):
+        return False
+    if not hasattr(forward_ad, "_current_level"):
         return False
     return _C.eager_prepare(
         getattr(torch.Tensor, "__dlpack_c_exchange_api__", None),

@@ -1,7 +1,6 @@
 """The eager path: the same results and the same errors as the operators that it passes by."""
 
 import warnings
-from functools import partial
 
 import pytest
 import torch
@@ -14,7 +13,11 @@ from airl_fast import _C
 from airl_fast.ops import _eager
 from tests import oracle
 
-returns = partial(airl_fast.discounted_returns, gamma=0.9)
+
+def returns(x, cu):
+    return airl_fast.discounted_returns(x, cu, 0.9)
+
+
 PUBLIC = {
     "segment_sum": airl_fast.segment_sum,
     "segment_mean": airl_fast.segment_mean,
@@ -246,8 +249,6 @@ def test_functorch_and_forward_mode_reach_the_operator(name):
     with forward_ad.dual_level():
         inside(forward_ad.make_dual(x, x))
     assert seen == [None] * 6
-    with pytest.raises(NotImplementedError), forward_ad.dual_level():
-        PUBLIC[name](forward_ad.make_dual(x, x), cu)
 
 
 @every
