@@ -1,7 +1,7 @@
 """The eager path of the operators over spans: one call into C++ on the tensors themselves.
 
-On a few thousand values a kernel takes a microsecond, and a custom operator twenty before it runs
-one. Where nobody would notice the difference, the public functions therefore pass it by: plain CPU
+On a few thousand values a kernel takes a microsecond, and a call of the custom operator with its
+checks a hundred. Where nobody would notice the difference, the public functions therefore pass it by: plain CPU
 tensors, valid inputs, no other backend forced, and nothing that follows or changes what operators
 do (torch.compile, modes, functorch's transforms, the tracer of torch.jit, forward-mode
 differentiation). Everything else, every error included, is the operator's. Both run the same
