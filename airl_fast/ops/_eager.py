@@ -1,11 +1,11 @@
 """The eager path of the operators over spans: one call into C++ on the tensors themselves.
 
 On a few thousand values a kernel takes a microsecond, and a call of the custom operator with its
-checks a hundred. Where nobody would notice the difference, the public functions therefore pass it by: plain CPU
-tensors, valid inputs, no other backend forced, and nothing that follows or changes what operators
-do (torch.compile, modes, functorch's transforms, the tracer of torch.jit, forward-mode
-differentiation). Everything else, every error included, is the operator's. Both run the same
-kernel, so that the results are the same bits.
+checks a hundred. Where nobody would notice the difference, the public functions therefore pass it
+by: plain CPU tensors, valid inputs, no other backend forced, and nothing that follows or changes
+what operators do (torch.compile, modes, functorch's transforms, the tracer of torch.jit,
+forward-mode differentiation). Everything else, every error included, is the operator's. Both run
+the same kernel, so that the results are the same bits.
 
 Memory is shared through DLPack's exchange interface, which torch publishes from 2.10 on; where
 there is none, or one of another layout, the operators serve every call.
