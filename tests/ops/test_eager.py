@@ -9,13 +9,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import airl_fast
-from airl_fast import _C
+from airl_fast import _C, discounted_returns
 from airl_fast.ops import _eager
 from tests import oracle
 
 
 def returns(x, cu):
-    return airl_fast.discounted_returns(x, cu, 0.9)
+    return discounted_returns(x, cu, 0.9)
 
 
 PUBLIC = {
