@@ -1,21 +1,49 @@
-"""CPU kernels over raw addresses (csrc/): strides in elements, item_size 4 or 8, cu int32."""
+"""CPU kernels of csrc/, over raw addresses; and those over spans also on tensors themselves."""
 # ruff: noqa: N999 (the name of the extension module)
 
-def segment_sum(
-    x: int, stride: int, item_size: int, cu: int, spans: int, mean: bool, out: int
-) -> None: ...
-def segment_last(x: int, stride: int, item_size: int, cu: int, spans: int, out: int) -> None: ...
-def segment_softmax(x: int, stride: int, item_size: int, cu: int, spans: int, out: int) -> None: ...
+from collections.abc import Callable
+from contextvars import ContextVar
+from types import ModuleType
+from typing import Literal
+
+from torch import Tensor
+
+_Values = tuple[int, int, int]  # address, stride in elements, item_size (4 or 8)
+_Spans = tuple[int, int]  # address of the int32 offsets, contiguous; spans
+
+def segment_sum(x: _Values, at: _Spans, mean: bool, threads: int, out: int) -> None: ...
+def segment_last(x: _Values, at: _Spans, threads: int, out: int) -> None: ...
+def segment_softmax(x: _Values, at: _Spans, threads: int, out: int) -> None: ...
 def discounted_scan(
-    x: int,
-    stride: int,
-    item_size: int,
-    cu: int,
-    spans: int,
-    gamma: float,
-    forwards: bool,
-    out: int,
+    x: _Values, at: _Spans, gamma: float, forwards: bool, threads: int, out: int
 ) -> None: ...
+
+# On tensors themselves: None where the operator has to serve, False where it is only that a
+# gradient is to be recorded (airl_fast/ops/_eager.py).
+_Eager = Tensor | Literal[False] | None
+
+def eager_prepare(
+    capsule: object,
+    tensor: type[Tensor],
+    forced: ContextVar[str | None],
+    forward_ad: ModuleType,
+    grad_enabled: Callable[[], bool],
+    function_modes: Callable[[], int],
+    dispatch_modes: Callable[[], int],
+    transforms: Callable[[], bool],
+    tracing: Callable[[], bool],
+    threads: Callable[[], int],
+    /,
+) -> bool: ...
+def eager_sum(x: Tensor, cu: Tensor, /) -> _Eager: ...
+def eager_mean(x: Tensor, cu: Tensor, /) -> _Eager: ...
+def eager_last(x: Tensor, cu: Tensor, /) -> _Eager: ...
+def eager_ends(x: Tensor, cu: Tensor, /) -> Tensor | None: ...
+def eager_softmax(x: Tensor, cu: Tensor, /) -> _Eager: ...
+def eager_returns(x: Tensor, cu: Tensor, gamma: float, transpose: bool, /) -> _Eager: ...
+def eager_spread(grad: Tensor, cu: Tensor, /) -> Tensor | None: ...
+def eager_spread_mean(grad: Tensor, cu: Tensor, /) -> Tensor | None: ...
+def eager_softmax_gradient(grad: Tensor, cu: Tensor, p: Tensor, /) -> Tensor | None: ...
 
 _Chunk = tuple[
     int, int, int, int, int

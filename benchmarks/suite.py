@@ -107,10 +107,12 @@ def all_cases(settings: Settings) -> Iterator[Case]:
 
 def _segment_cases(settings: Settings) -> Iterator[Case]:
     for operator in filter(settings.wants, segments.OPERATORS):
-        for sequences in (8,) if settings.quick else (64, 2048):
-            yield segments.segment_case(
-                operator, sequences, torch.float32, settings.seed, gamma=0.99
-            )
+        for sequences in (8,) if settings.quick else (8, 64, 2048, 20000):
+            for gradient in (False, True):
+                yield segments.segment_case(
+                    operator, sequences, torch.float32, settings.seed, gamma=0.99,
+                    gradient=gradient,
+                )  # fmt: skip
     if settings.wants(segments.RETURNS):  # long enough for powers of gamma to underflow
         yield segments.segment_case(
             segments.RETURNS, 4 if settings.quick else 32, torch.float32, settings.seed,

@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <tuple>
 
+#include "bindings_eager.h"
 #include "discriminator.h"
 #include "rows.h"
 #include "segments.h"
@@ -22,18 +23,24 @@ View<T> view(std::uintptr_t address, std::int64_t stride) {
   return {reinterpret_cast<const T*>(address), stride};
 }
 
-// Calls run(view) for x of float32 (item_size 4) or float64 (8), without the interpreter lock.
+// address, stride in elements, item size
+using Values = std::tuple<std::uintptr_t, std::int64_t, std::int64_t>;
+
+// Calls run(view) for x of float32 (item size 4) or float64 (8), without the interpreter lock.
 template <typename F>
-void for_each_dtype(std::uintptr_t x, std::int64_t stride, std::int64_t item_size, F run) {
+void for_each_dtype(const Values& x, F run) {
+  const auto [address, stride, item_size] = x;
   if (item_size != 4 && item_size != 8) {
     throw std::invalid_argument("item_size must be 4 (float32) or 8 (float64)");
   }
   py::gil_scoped_release unlocked;
-  item_size == 4 ? run(view<float>(x, stride)) : run(view<double>(x, stride));
+  item_size == 4 ? run(view<float>(address, stride)) : run(view<double>(address, stride));
 }
 
-const std::int32_t* offsets(std::uintptr_t address) {
-  return reinterpret_cast<const std::int32_t*>(address);
+using Spans = std::tuple<std::uintptr_t, std::int64_t>;  // address of the offsets, spans
+
+airl_fast::Offsets spans(const Spans& at) {
+  return {reinterpret_cast<const std::int32_t*>(std::get<0>(at)), std::get<1>(at)};
 }
 
 float* output(std::uintptr_t address) { return reinterpret_cast<float*>(address); }
@@ -98,47 +105,41 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "segment_sum",
-      [](std::uintptr_t x, std::int64_t stride, std::int64_t item_size, std::uintptr_t cu,
-         std::int64_t spans, bool mean, std::uintptr_t out) {
-        for_each_dtype(x, stride, item_size, [=](auto values) {
-          airl_fast::segment_sum(values, offsets(cu), spans, mean, output(out));
+      [](const Values& x, const Spans& at, bool mean, int threads, std::uintptr_t out) {
+        for_each_dtype(x, [=](auto values) {
+          airl_fast::segment_sum(values, spans(at), mean, threads, output(out));
         });
       },
-      py::arg("x"), py::arg("stride"), py::arg("item_size"), py::arg("cu"), py::arg("spans"),
-      py::arg("mean"), py::arg("out"));
+      py::arg("x"), py::arg("at"), py::arg("mean"), py::arg("threads"), py::arg("out"));
 
   m.def(
       "segment_last",
-      [](std::uintptr_t x, std::int64_t stride, std::int64_t item_size, std::uintptr_t cu,
-         std::int64_t spans, std::uintptr_t out) {
-        for_each_dtype(x, stride, item_size, [=](auto values) {
-          airl_fast::segment_last(values, offsets(cu), spans, output(out));
+      [](const Values& x, const Spans& at, int threads, std::uintptr_t out) {
+        for_each_dtype(x, [=](auto values) {
+          airl_fast::segment_last(values, spans(at), threads, output(out));
         });
       },
-      py::arg("x"), py::arg("stride"), py::arg("item_size"), py::arg("cu"), py::arg("spans"),
-      py::arg("out"));
+      py::arg("x"), py::arg("at"), py::arg("threads"), py::arg("out"));
 
   m.def(
       "segment_softmax",
-      [](std::uintptr_t x, std::int64_t stride, std::int64_t item_size, std::uintptr_t cu,
-         std::int64_t spans, std::uintptr_t out) {
-        for_each_dtype(x, stride, item_size, [=](auto values) {
-          airl_fast::segment_softmax(values, offsets(cu), spans, output(out));
+      [](const Values& x, const Spans& at, int threads, std::uintptr_t out) {
+        for_each_dtype(x, [=](auto values) {
+          airl_fast::segment_softmax(values, spans(at), threads, output(out));
         });
       },
-      py::arg("x"), py::arg("stride"), py::arg("item_size"), py::arg("cu"), py::arg("spans"),
-      py::arg("out"));
+      py::arg("x"), py::arg("at"), py::arg("threads"), py::arg("out"));
 
   m.def(
       "discounted_scan",
-      [](std::uintptr_t x, std::int64_t stride, std::int64_t item_size, std::uintptr_t cu,
-         std::int64_t spans, double gamma, bool forwards, std::uintptr_t out) {
-        for_each_dtype(x, stride, item_size, [=](auto values) {
-          airl_fast::discounted_scan(values, offsets(cu), spans, gamma, forwards, output(out));
+      [](const Values& x, const Spans& at, double gamma, bool forwards, int threads,
+         std::uintptr_t out) {
+        for_each_dtype(x, [=](auto values) {
+          airl_fast::discounted_scan(values, spans(at), gamma, forwards, threads, output(out));
         });
       },
-      py::arg("x"), py::arg("stride"), py::arg("item_size"), py::arg("cu"), py::arg("spans"),
-      py::arg("gamma"), py::arg("forwards"), py::arg("out"));
+      py::arg("x"), py::arg("at"), py::arg("gamma"), py::arg("forwards"), py::arg("threads"),
+      py::arg("out"));
 
   m.def(
       "read_rows",
@@ -202,6 +203,8 @@ PYBIND11_MODULE(_C, m) {
         });
       },
       py::arg("spans"), py::arg("grad"), py::arg("out"));
+
+  airl_fast::bind_eager(m.ptr());
 
   m.def("vector_paths", &airl_fast::vector_paths);
   m.def("vector_path", &airl_fast::vector_path);

@@ -96,6 +96,8 @@ std::vector<std::string> vector_paths() {
 
 std::string vector_path() { return paths()[chosen].name; }
 
+bool uses_avx2() { return &kernels() != &portable_kernels(); }
+
 void use_vector_path(const std::string& name) {
   for (std::size_t i = 0; i < paths().size(); ++i) {
     if (name == paths()[i].name) {

@@ -67,6 +67,7 @@ void weigh_rows(const Chunk& chunk, const Head& head, const std::int64_t* target
 std::vector<std::string> vector_paths();
 std::string vector_path();
 void use_vector_path(const std::string& name);  // throws std::invalid_argument; for tests
+bool uses_avx2();  // which every processor with AVX-512 has
 
 // Asks for huge pages under [data, data + bytes): a page fault per 4 KiB of a fresh 128 MiB buffer
 // costs as much as the row kernel. Does nothing where the system has no such call.

@@ -133,9 +133,10 @@ def test_dividing_by_powers_of_gamma_is_refused_for_long_sequences() -> None:
     assert "nan" in of_long.reason
 
 
+@pytest.mark.parametrize("gradient", [False, True], ids=["value", "gradient"])
 @pytest.mark.parametrize("operator", segments.OPERATORS)
-def test_segment_formulations(operator: str) -> None:
-    case = segments.segment_case(operator, 16, torch.float32, 0, gamma=0.95)
+def test_segment_formulations(operator: str, gradient: bool) -> None:
+    case = segments.segment_case(operator, 16, torch.float32, 0, gamma=0.95, gradient=gradient)
     for row in run_case(case, TIMING):
         assert row.status in ("ok", "unavailable"), (row.peer, row.reason)
         assert row.status != "ok" or row.gb_s is not None

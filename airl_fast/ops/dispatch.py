@@ -19,7 +19,7 @@ import torch
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 _ENV = "AIRL_FAST_BACKEND"
-_forced: ContextVar[str | None] = ContextVar("airl_fast_backend", default=None)
+forced_backend: ContextVar[str | None] = ContextVar("airl_fast_backend", default=None)
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def pick(op: str, *tensors: torch.Tensor) -> Callable[..., Any]:
         RuntimeError: the forced backend does not exist for ``op`` or cannot serve the tensors.
     """
     implementations = _registry[op]
-    forced = _forced.get() or os.environ.get(_ENV) or None
+    forced = forced_backend.get() or os.environ.get(_ENV) or None
     if forced is not None:
         reason = _reason(implementations, _checked(forced), tensors)
         if reason is not None:
@@ -83,11 +83,11 @@ def backend(name: str) -> Iterator[None]:
         ValueError: the name is unknown.
         RuntimeError: (at the call) the backend cannot serve an operator, naming why.
     """
-    token = _forced.set(_checked(name))
+    token = forced_backend.set(_checked(name))
     try:
         yield
     finally:
-        _forced.reset(token)
+        forced_backend.reset(token)
 
 
 @dataclass(frozen=True)

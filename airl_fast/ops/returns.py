@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from airl_fast import _C
+from airl_fast.ops._eager import recorded
 from airl_fast.ops.dispatch import implements, pick
 from airl_fast.ops.segments import (
     address,
@@ -19,6 +21,7 @@ from airl_fast.ops.segments import (
     check_offsets,
     check_vector,
     cpu_serves,
+    cuts,
     spread,
 )
 
@@ -42,11 +45,13 @@ def discounted_returns(rewards: Tensor, cu: Tensor, gamma: float) -> Tensor:
         ValueError: wrong shapes, dtypes or devices, offsets that do not partition ``rewards``, an
             empty sequence, a non-finite reward, or gamma outside [0, 1].
     """
-    check_vector("discounted_returns", "rewards", rewards)
-    check_offset_tensor("discounted_returns", "cu", cu, rewards)
-    if not 0.0 <= gamma <= 1.0:
-        raise ValueError(f"discounted_returns: expected gamma in [0, 1], received {gamma}")
-    return torch.ops.airl_fast.discounted_returns(rewards, cu, float(gamma), False)
+    if is_dynamo_compiling() or (out := _C.eager_returns(rewards, cu, gamma, False)) is None:
+        check_vector("discounted_returns", "rewards", rewards)
+        check_offset_tensor("discounted_returns", "cu", cu, rewards)
+        if not 0.0 <= gamma <= 1.0:
+            raise ValueError(f"discounted_returns: expected gamma in [0, 1], received {gamma}")
+        return torch.ops.airl_fast.discounted_returns(rewards, cu, float(gamma), False)
+    return _returns_recorded(rewards, cu, gamma, False) if out is False else out
 
 
 @torch.library.custom_op("airl_fast::discounted_returns", mutates_args=())
@@ -70,11 +75,15 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
     (cu,) = ctx.saved_tensors
-    dx = torch.ops.airl_fast.discounted_returns(grad, cu, ctx.gamma, not ctx.transpose)
+    inputs = grad, cu, ctx.gamma, not ctx.transpose
+    if is_dynamo_compiling() or not isinstance(dx := _C.eager_returns(*inputs), Tensor):
+        dx = torch.ops.airl_fast.discounted_returns(*inputs)
     return dx.to(ctx.dtype), None, None, None
 
 
 _returns.register_autograd(_backward, setup_context=_keep)
+
+_returns_recorded = recorded(_C.eager_returns, _returns, _keep, _backward)
 
 
 @implements("discounted_returns", "reference")
@@ -106,6 +115,6 @@ def _returns_reference(x: Tensor, cu: Tensor, gamma: float, transpose: bool) -> 
 @implements("discounted_returns", "cpu", cpu_serves)
 def _returns_cpu(x: Tensor, cu: Tensor, gamma: float, transpose: bool) -> Tensor:
     cu, out = cu.contiguous(), x.new_empty(x.shape[0], dtype=torch.float32)
-    spans = cu.shape[0] - 1
-    _C.discounted_scan(*address(x), cu.data_ptr(), spans, gamma, transpose, out.data_ptr())
+    threads = torch.get_num_threads()
+    _C.discounted_scan(address(x), cuts(cu), gamma, transpose, threads, out.data_ptr())
     return out

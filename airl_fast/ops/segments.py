@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from airl_fast import _C
+from airl_fast.ops._eager import recorded
 from airl_fast.ops.dispatch import implements, pick
 
 
@@ -29,9 +31,11 @@ def segment_sum(x: Tensor, cu: Tensor) -> Tensor:
         ValueError: wrong shapes, dtypes or devices, offsets that do not partition ``x``, or an
             empty span (named).
     """
-    check_vector("segment_sum", "x", x)
-    check_offset_tensor("segment_sum", "cu", cu, x)
-    return torch.ops.airl_fast.segment_sum(x, cu)
+    if is_dynamo_compiling() or (out := _C.eager_sum(x, cu)) is None:
+        check_vector("segment_sum", "x", x)
+        check_offset_tensor("segment_sum", "cu", cu, x)
+        return torch.ops.airl_fast.segment_sum(x, cu)
+    return _sum_recorded(x, cu) if out is False else out
 
 
 def segment_mean(x: Tensor, cu: Tensor) -> Tensor:
@@ -47,9 +51,11 @@ def segment_mean(x: Tensor, cu: Tensor) -> Tensor:
     Raises:
         ValueError: as for ``segment_sum``.
     """
-    check_vector("segment_mean", "x", x)
-    check_offset_tensor("segment_mean", "cu", cu, x)
-    return torch.ops.airl_fast.segment_mean(x, cu)
+    if is_dynamo_compiling() or (out := _C.eager_mean(x, cu)) is None:
+        check_vector("segment_mean", "x", x)
+        check_offset_tensor("segment_mean", "cu", cu, x)
+        return torch.ops.airl_fast.segment_mean(x, cu)
+    return _mean_recorded(x, cu) if out is False else out
 
 
 def segment_last(x: Tensor, cu: Tensor) -> Tensor:
@@ -65,9 +71,11 @@ def segment_last(x: Tensor, cu: Tensor) -> Tensor:
     Raises:
         ValueError: as for ``segment_sum``.
     """
-    check_vector("segment_last", "x", x)
-    check_offset_tensor("segment_last", "cu", cu, x)
-    return torch.ops.airl_fast.segment_last(x, cu)
+    if is_dynamo_compiling() or (out := _C.eager_last(x, cu)) is None:
+        check_vector("segment_last", "x", x)
+        check_offset_tensor("segment_last", "cu", cu, x)
+        return torch.ops.airl_fast.segment_last(x, cu)
+    return _last_recorded(x, cu) if out is False else out
 
 
 def segment_softmax(x: Tensor, cu: Tensor) -> Tensor:
@@ -83,9 +91,11 @@ def segment_softmax(x: Tensor, cu: Tensor) -> Tensor:
     Raises:
         ValueError: as for ``segment_sum``.
     """
-    check_vector("segment_softmax", "x", x)
-    check_offset_tensor("segment_softmax", "cu", cu, x)
-    return torch.ops.airl_fast.segment_softmax(x, cu)
+    if is_dynamo_compiling() or (out := _C.eager_softmax(x, cu)) is None:
+        check_vector("segment_softmax", "x", x)
+        check_offset_tensor("segment_softmax", "cu", cu, x)
+        return torch.ops.airl_fast.segment_softmax(x, cu)
+    return _softmax_recorded(x, cu) if out is False else out
 
 
 # Checks, shared with the other operators over spans.
@@ -211,12 +221,16 @@ def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _sum_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     (cu,) = ctx.saved_tensors
-    return spread(grad, cu, ctx.total).to(ctx.dtype), None
+    if is_dynamo_compiling() or (dx := _C.eager_spread(grad, cu)) is None:
+        dx = spread(grad, cu, ctx.total)
+    return dx.to(ctx.dtype), None
 
 
 def _mean_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     (cu,) = ctx.saved_tensors
-    return spread(grad / cu.diff(), cu, ctx.total).to(ctx.dtype), None
+    if is_dynamo_compiling() or (dx := _C.eager_spread_mean(grad, cu)) is None:
+        dx = spread(grad / cu.diff(), cu, ctx.total)
+    return dx.to(ctx.dtype), None
 
 
 def _last_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -233,14 +247,26 @@ def _keep_output(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _softmax_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     cu, p = ctx.saved_tensors
-    pulled = torch.ops.airl_fast.segment_sum(p * grad, cu)
-    return (p * (grad - spread(pulled, cu, ctx.total))).to(ctx.dtype), None
+    if is_dynamo_compiling() or (dx := _C.eager_softmax_gradient(grad, cu, p)) is None:
+        pulled = torch.ops.airl_fast.segment_sum(p * grad, cu)
+        dx = p * (grad - spread(pulled, cu, ctx.total))
+    return dx.to(ctx.dtype), None
 
 
 _sum.register_autograd(_sum_backward, setup_context=_keep_inputs)
 _mean.register_autograd(_mean_backward, setup_context=_keep_inputs)
 _last.register_autograd(_last_backward, setup_context=_keep_inputs)
 _softmax.register_autograd(_softmax_backward, setup_context=_keep_output)
+
+_sum_recorded = recorded(_C.eager_sum, _sum, _keep_inputs, _sum_backward)
+_mean_recorded = recorded(_C.eager_mean, _mean, _keep_inputs, _mean_backward)
+_softmax_recorded = recorded(_C.eager_softmax, _softmax, _keep_output, _softmax_backward)
+
+
+def _last_recorded(x: Tensor, cu: Tensor) -> Tensor:
+    """Leave the gradient to torch, whose index_select has one without a step in Python."""
+    ends = _C.eager_ends(x, cu)
+    return _last(x, cu) if ends is None else x.index_select(0, ends).float()
 
 
 # Backend "reference": plain torch, any dtype and device.
@@ -288,7 +314,7 @@ def _softmax_reference(x: Tensor, cu: Tensor) -> Tensor:
 @implements("segment_sum", "cpu", cpu_serves)
 def _sum_cpu(x: Tensor, cu: Tensor, mean: bool = False) -> Tensor:
     cu, out = cu.contiguous(), x.new_empty(cu.shape[0] - 1, dtype=torch.float32)
-    _C.segment_sum(*address(x), cu.data_ptr(), cu.shape[0] - 1, mean, out.data_ptr())
+    _C.segment_sum(address(x), cuts(cu), mean, torch.get_num_threads(), out.data_ptr())
     return out
 
 
@@ -300,17 +326,22 @@ def _mean_cpu(x: Tensor, cu: Tensor) -> Tensor:
 @implements("segment_last", "cpu", cpu_serves)
 def _last_cpu(x: Tensor, cu: Tensor) -> Tensor:
     cu, out = cu.contiguous(), x.new_empty(cu.shape[0] - 1, dtype=torch.float32)
-    _C.segment_last(*address(x), cu.data_ptr(), cu.shape[0] - 1, out.data_ptr())
+    _C.segment_last(address(x), cuts(cu), torch.get_num_threads(), out.data_ptr())
     return out
 
 
 @implements("segment_softmax", "cpu", cpu_serves)
 def _softmax_cpu(x: Tensor, cu: Tensor) -> Tensor:
     cu, out = cu.contiguous(), x.new_empty(x.shape[0], dtype=torch.float32)
-    _C.segment_softmax(*address(x), cu.data_ptr(), cu.shape[0] - 1, out.data_ptr())
+    _C.segment_softmax(address(x), cuts(cu), torch.get_num_threads(), out.data_ptr())
     return out
 
 
 def address(x: Tensor) -> tuple[int, int, int]:
     """Describe a vector to C++: address, stride in elements, bytes per element."""
     return x.data_ptr(), x.stride(0), x.element_size()
+
+
+def cuts(cu: Tensor) -> tuple[int, int]:
+    """Describe contiguous offsets to C++: address, spans."""
+    return cu.data_ptr(), cu.shape[0] - 1

@@ -69,19 +69,37 @@ bool every_shape(airl_fast::Element element) {
 }
 
 template <class T>
-void segments() {
-  const std::vector<T> x(15, T{0.5});
-  const std::vector<std::int32_t> cu{0, 1, 1 + 13, 15}, none{0};
-  std::vector<float> out(15);
-  for (std::int64_t stride : {0, 1}) {
-    const airl_fast::View<T> view{x.data(), stride};
-    for (bool flag : {false, true}) {
-      airl_fast::segment_sum(view, cu.data(), 3, flag, out.data());
-      airl_fast::discounted_scan(view, cu.data(), 3, 0.9, flag, out.data());
+void segments(std::int64_t stride, int threads, std::vector<std::int32_t> cu) {
+  const std::int64_t total = cu.back();
+  const airl_fast::Offsets at{cu.data(), static_cast<std::int64_t>(cu.size()) - 1};
+  const auto values = static_cast<std::size_t>(total), spans = static_cast<std::size_t>(at.spans);
+  const std::size_t size = total == 0 ? 0 : (values - 1) * static_cast<std::size_t>(stride) + 1;
+  const std::vector<T> x(size, T{0.5});
+  const std::vector<float> g(size, 0.5f), p(values, 0.25f);
+  std::vector<float> by_value(values), by_span(spans);
+  const airl_fast::View<T> view{x.data(), stride};
+  const airl_fast::View<float> gradient{g.data(), stride};
+  airl_fast::partitions(at, total);
+  for (bool flag : {false, true}) {
+    airl_fast::segment_sum(view, at, flag, threads, by_span.data());
+    airl_fast::discounted_scan(view, at, 0.9, flag, threads, by_value.data());
+    airl_fast::segment_spread({by_span.data(), 1}, at, flag, threads, by_value.data());
+  }
+  airl_fast::segment_last(view, at, threads, by_span.data());
+  airl_fast::segment_softmax(view, at, threads, by_value.data());
+  airl_fast::segment_softmax_gradient(p.data(), gradient, at, threads, by_value.data());
+}
+
+template <class T>
+void every_partition() {
+  std::vector<std::int32_t> many{0};
+  for (std::int32_t s = 0; many.back() < 70000; ++s) many.push_back(many.back() + 1 + s % 37);
+  for (std::int64_t stride : {0, 1, 3}) {
+    for (int threads : {1, 3}) {
+      segments<T>(stride, threads, {0});
+      segments<T>(stride, threads, {0, 1, 14, 15, 31, 48, 52, 60, 60 + 131});
+      segments<T>(stride, threads, many);
     }
-    airl_fast::segment_last(view, cu.data(), 3, out.data());
-    airl_fast::segment_softmax(view, cu.data(), 3, out.data());
-    airl_fast::segment_sum(view, none.data(), 0, false, out.data());
   }
 }
 
@@ -115,9 +133,9 @@ int main() {
     sound &= every_shape<float>(airl_fast::Element::kFloat32);
     sound &= every_shape<airl_fast::BFloat16>(airl_fast::Element::kBFloat16);
     sound &= every_shape<airl_fast::Float16>(airl_fast::Element::kFloat16);
+    every_partition<float>();
+    every_partition<double>();
   }
-  segments<float>();
-  segments<double>();
   sound &= discriminator<float>() && discriminator<double>();
   std::puts(sound ? "sound" : "a result is out of bounds");
   return sound ? 0 : 1;
