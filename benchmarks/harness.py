@@ -73,8 +73,9 @@ class Sampled:
             return math.nan
         if not self.values.numel():
             return 0.0
-        scale = float(self.values.abs().max()) or 1.0
-        return float((seen.double() - self.values).abs().max()) / scale
+        values = self.values.to(seen.device)
+        scale = float(values.abs().max()) or 1.0
+        return float((seen.double() - values).abs().max()) / scale
 
 
 @dataclass(frozen=True)

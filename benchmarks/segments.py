@@ -26,7 +26,7 @@ SUM, MEAN, SOFTMAX, RETURNS = (
     "discounted_returns",
 )
 OPERATORS = (SUM, MEAN, SOFTMAX, RETURNS)
-BACKENDS = ("cpu", "reference")
+BACKENDS = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 _SMALL = (5, 11)  # sequences, length
 
 
@@ -38,17 +38,26 @@ class SegmentInputs:
     cu: Tensor
     gamma: float
 
+    def cpu(self) -> "SegmentInputs":
+        """A copy in CPU memory."""
+        return SegmentInputs(self.x.cpu(), self.cu.cpu(), self.gamma)
+
     def padded(self) -> tuple[Tensor, Tensor]:
         """``x`` padded with zeros to ``[B, L]``, and the mask."""
         lengths = self.cu.diff()
-        mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
+        mask = torch.arange(int(lengths.max()), device=lengths.device)[None] < lengths[:, None]
         padded = self.x.new_zeros(mask.shape)
         padded[mask] = self.x
         return padded, mask
 
 
 def segment_inputs(
-    sequences: int, length: int | None, gamma: float, dtype: torch.dtype, seed: int
+    sequences: int,
+    length: int | None,
+    gamma: float,
+    dtype: torch.dtype,
+    seed: int,
+    device: str = "cpu",
 ) -> SegmentInputs:
     """Normal values in sequences of one length, or of GSM8K-like lengths if ``length`` is None."""
     rng = np.random.default_rng(seed)
@@ -56,7 +65,7 @@ def segment_inputs(
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(sum(lengths), generator=generator).to(dtype)
     cu = torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int32)
-    return SegmentInputs(x, cu, gamma)
+    return SegmentInputs(x.to(device), cu.to(device), gamma)
 
 
 def segment_case(
@@ -67,9 +76,10 @@ def segment_case(
     *,
     length: int | None = None,
     gamma: float = 1.0,
+    device: str = "cpu",
 ) -> Case:
     """One operator over ``sequences`` sequences; ``gamma`` is read by discounted_returns only."""
-    make = partial(segment_inputs, sequences, length, gamma, dtype, seed)
+    make = partial(segment_inputs, sequences, length, gamma, dtype, seed, device)
     inputs = make()
     elements = len(inputs.x)
     results = elements if operator in (SOFTMAX, RETURNS) else sequences
@@ -80,11 +90,11 @@ def segment_case(
         shape=shape,
         dtype=dtype,
         inputs=make,
-        small=partial(segment_inputs, *_SMALL, gamma, dtype, seed),
-        oracle=partial(_oracle, operator),
-        expected=lambda x: {k: Sampled(v) for k, v in _oracle(operator, x).items()},
+        small=partial(segment_inputs, *_SMALL, gamma, dtype, seed, device),
+        oracle=lambda x: _oracle(operator, x.cpu()),
+        expected=lambda x: {k: Sampled(v) for k, v in _oracle(operator, x.cpu()).items()},
         yardstick=("copy", _copy),
-        variants=_variants(operator),
+        variants=_variants(operator, device),
         traffic=elements * dtype.itemsize + 4 * results + 4 * (sequences + 1),
     )
 
@@ -111,10 +121,10 @@ def _returns_in_float64(inputs: SegmentInputs) -> Tensor:
     return torch.tensor(returns, dtype=torch.float64)
 
 
-def _variants(operator: str) -> list[Variant]:
+def _variants(operator: str, device: str) -> list[Variant]:
     ours = [
         Variant("airl_fast", partial(_ours, operator), b, partial(airl_fast.backend, b))
-        for b in BACKENDS
+        for b in BACKENDS[device]
     ]
     peers: Mapping[str, tuple[Callable[[SegmentInputs], Prepared], str]] = _PEERS[operator]
     return [*ours, *(Variant(name, make, note=note) for name, (make, note) in peers.items())]
@@ -179,7 +189,7 @@ def _loop_returns(inputs: SegmentInputs) -> Prepared:
             following = 0.0
             for i in range(stop - 1, start - 1, -1):
                 returns[i] = following = rewards[i] + gamma * following
-        return torch.tensor(returns, dtype=x.dtype)
+        return torch.tensor(returns, dtype=x.dtype, device=x.device)
 
     return _prepared(over_tokens, inputs.x, inputs.cu, inputs.gamma)
 
@@ -217,7 +227,7 @@ def _padded_powers(inputs: SegmentInputs) -> Prepared:
     x, mask = inputs.padded()
 
     def divided() -> Tensor:
-        powers = inputs.gamma ** torch.arange(x.shape[1], dtype=x.dtype)
+        powers = inputs.gamma ** torch.arange(x.shape[1], dtype=x.dtype, device=x.device)
         return (x * powers).flip(1).cumsum(1).flip(1) / powers
 
     return Prepared(divided, lambda r: {"result": r[mask]})
