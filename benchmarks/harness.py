@@ -97,6 +97,7 @@ class Case:
         facts: more columns for each peer, such as tokens.
         rounds: the most rounds, for calls of many seconds, which are never repeated in a sample.
         memory: whether to measure peak memory: two more calls of each variant.
+        tolerance: instead of the dtype's, largest error over the largest magnitude.
     """
 
     operator: str
@@ -114,6 +115,7 @@ class Case:
     group: str = "main"  # or "sweep": only in the plots against N and V
     rounds: int | None = None
     memory: bool = True
+    tolerance: float | None = None
 
     @property
     def key(self) -> str:

@@ -154,7 +154,7 @@ def _note_gpu_memory(live: _Live) -> None:
 def _accept(
     case: Case, row: Row, outputs: Outputs, expected: Mapping[str, Sampled], where: str
 ) -> bool:
-    limit = TOLERANCE[case.dtype]
+    limit = TOLERANCE[case.dtype] if case.tolerance is None else case.tolerance
     for name, sampled in expected.items():
         error = sampled.error(outputs[name]) if name in outputs else math.nan
         row.error = error if row.error is None or not error <= row.error else row.error

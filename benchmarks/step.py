@@ -38,6 +38,8 @@ from benchmarks.step_peers import alone_step, padded_step
 OPERATOR = "AIRL step (scoring, both updates)"
 _ROUNDS = 3
 _EVERY_ENTRY = 1 << 62
+# Of gradients through whole models in half precision: padded plain torch is off by 0.09.
+_HALF_TOLERANCE = 0.15
 
 
 def step_case(
@@ -78,6 +80,7 @@ def step_case(
         facts=_facts,
         rounds=_ROUNDS,
         memory=False,
+        tolerance=None if dtype == torch.float32 else _HALF_TOLERANCE,
     )  # fmt: skip
 
 
