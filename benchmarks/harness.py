@@ -73,8 +73,9 @@ class Sampled:
             return math.nan
         if not self.values.numel():
             return 0.0
-        scale = float(self.values.abs().max()) or 1.0
-        return float((seen.double() - self.values).abs().max()) / scale
+        values = self.values.to(seen.device)
+        scale = float(values.abs().max()) or 1.0
+        return float((seen.double() - values).abs().max()) / scale
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ class Case:
         facts: more columns for each peer, such as tokens.
         rounds: the most rounds, for calls of many seconds, which are never repeated in a sample.
         memory: whether to measure peak memory: two more calls of each variant.
+        tolerance: instead of the dtype's, largest error over the largest magnitude.
     """
 
     operator: str
@@ -113,6 +115,7 @@ class Case:
     group: str = "main"  # or "sweep": only in the plots against N and V
     rounds: int | None = None
     memory: bool = True
+    tolerance: float | None = None
 
     @property
     def key(self) -> str:

@@ -4,7 +4,7 @@ N rows (actions), B sequences, L longest sequence, D hidden size, V vocabulary, 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -50,6 +50,10 @@ class HeadInputs:
     rows: Tensor
     ids: Tensor
 
+    def cpu(self) -> "HeadInputs":
+        """A copy in CPU memory."""
+        return HeadInputs(**{f.name: getattr(self, f.name).cpu() for f in fields(self)})
+
     @cached_property
     def truth(self) -> HeadTruth:
         """The policy's head in float64."""
@@ -67,27 +71,33 @@ class HeadInputs:
 
 
 @lru_cache(maxsize=1)  # cases are ordered by shape, and inputs of one shape are large
-def head_inputs(n: int, v: int, d: int, dtype: torch.dtype, seed: int) -> HeadInputs:
+def head_inputs(
+    n: int, v: int, d: int, dtype: torch.dtype, seed: int, device: str = "cpu"
+) -> HeadInputs:
     """Logits with a standard deviation of 3, so that probabilities are neither flat nor spiked."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     rng = np.random.default_rng(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
+        return torch.randn(shape, generator=generator, device=device)
 
     def pick(count: int, high: int) -> Tensor:
-        return torch.randint(high, (count,), generator=generator)
+        return torch.randint(high, (count,), generator=generator, device=device)
 
     weight = normal(v, d).mul_(3 / d**0.5)
     targets = pick(n, v)
-    cu_seqs = torch.tensor(offsets_covering(n, rng), dtype=torch.int32)
+
+    def offsets(*mean: float) -> Tensor:
+        return torch.tensor(offsets_covering(n, rng, *mean), dtype=torch.int32, device=device)
+
+    cu_seqs = offsets()
     lengths = cu_seqs.diff()
     return HeadInputs(
         hidden=normal(n, d).to(dtype),
         weight=weight.to(dtype),
         targets=targets,
         cu_seqs=cu_seqs,
-        cu_spans=torch.tensor(offsets_covering(n, rng, _SPAN), dtype=torch.int32),
+        cu_spans=offsets(_SPAN),
         d_logp=normal(n) / n,
         advantages=normal(len(lengths)).repeat_interleave(lengths),
         disc_hidden=normal(n, d).to(dtype),
@@ -132,7 +142,7 @@ def flat_layout(inputs: HeadInputs, *, block: int | None = None) -> Layout:
 def padded_layout(inputs: HeadInputs) -> Layout:
     """Pad every sequence to the longest, as trainers without packing hold their batches."""
     lengths = inputs.cu_seqs.diff()
-    mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
+    mask = torch.arange(int(lengths.max()), device=lengths.device)[None] < lengths[:, None]
 
     def laid(x: Tensor) -> Tensor:
         padded = x.new_zeros((*mask.shape, *x.shape[1:]))

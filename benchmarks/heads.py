@@ -36,39 +36,46 @@ SCORE = "airl_score (score head)"
 LM = "airl_score (lm head)"
 # operator -> matrix products that it cannot do without
 OPERATORS = {LOGPROB: 1, ENTROPY: 1, BACKWARD: 3, POLICY: 3, FROZEN: 2, SCORE: 1, LM: 2}
-BACKENDS = ("cpu", "reference")
+BACKENDS = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
-_SMALL = (37, 131, 24)  # N, V, D of the check against the oracle: nothing is a multiple of 8
+SMALL = (37, 131, 24)  # N, V, D of the check against the oracle: nothing is a multiple of 8
 _BLOCK = 128  # rows of a "sequence" for formulations that want sequences of one length
 _CLIP = 0.2
 _PADDED = "pads to the longest sequence, materialises the logits, gathers"
 
 
 def head_case(
-    operator: str, n: int, v: int, d: int, dtype: torch.dtype, seed: int, group: str = "main"
+    operator: str,
+    n: int,
+    v: int,
+    d: int,
+    dtype: torch.dtype,
+    seed: int,
+    group: str = "main",
+    device: str = "cpu",
 ) -> Case:
     """One operator at one shape, with all its variants."""
     return Case(
         operator=operator,
         shape={"N": n, "V": v, "D": d},
         dtype=dtype,
-        inputs=partial(head_inputs, n, v, d, dtype, seed),
-        small=partial(head_inputs, *_SMALL, dtype, seed),
-        oracle=partial(_oracle, operator),
+        inputs=partial(head_inputs, n, v, d, dtype, seed, device),
+        small=partial(head_inputs, *SMALL, dtype, seed, device),
+        oracle=lambda inputs: _oracle(operator, inputs.cpu()),
         expected=partial(_expected, operator),
-        yardstick=("product", _product),
-        variants=_variants(operator),
+        yardstick=("product", head_product),
+        variants=_variants(operator, device),
         least=OPERATORS[operator],
         group=group,
     )
 
 
-def _product(inputs: HeadInputs) -> Callable[[], Tensor]:
+def head_product(inputs: HeadInputs) -> Callable[[], Tensor]:
     out = inputs.hidden.new_zeros(len(inputs.hidden), len(inputs.weight))
     return partial(torch.mm, inputs.hidden, inputs.weight.T, out=out)
 
 
-def _variants(operator: str) -> list[Variant]:
+def _variants(operator: str, device: str) -> list[Variant]:
     trl, note = trl_helper()
     blocks = partial(flat_layout, block=_BLOCK)
 
@@ -80,7 +87,7 @@ def _variants(operator: str) -> list[Variant]:
     return [
         *(
             Variant("airl_fast", partial(_ours, operator), b, partial(airl_fast.backend, b))
-            for b in BACKENDS
+            for b in BACKENDS[device]
         ),
         peer("plain torch", materialised, flat_layout),
         Variant("torch.compile", partial(_compiled, operator), note="of plain torch"),

@@ -31,7 +31,7 @@ from benchmarks.language import (
     step_traces,
 )
 from benchmarks.lengths import MAX_COMPLETION, MAX_PROMPT
-from benchmarks.padded import FIXED_ROWS, ROWS, alone, log_probs, padding, rectangle
+from benchmarks.padded import alone, log_probs, padding, rectangle, rows_a_pass
 
 OPERATOR = "packing (scoring a batch)"
 _REPEATED = "airl_fast, prompts repeated"
@@ -53,23 +53,38 @@ class PackingInputs:
 
 
 @lru_cache(maxsize=1)
-def packing_inputs(prompts: int, group: int, shape: ModelShape, seed: int) -> PackingInputs:
+def packing_inputs(
+    prompts: int,
+    group: int,
+    shape: ModelShape,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> PackingInputs:
     """Random prompts and completions of GSM8K-like lengths."""
-    model = random_model(shape, seed)
+    model = random_model(shape, seed).to(device, dtype)
     enable_packed_attention(model)
     return PackingInputs(model, step_traces(prompts, group, shape.vocab, seed))
 
 
-def packing_case(prompts: int, group: int, shape: ModelShape, seed: int) -> Case:
-    """Score ``prompts`` x ``group`` completions with a model of this shape, in float32."""
+def packing_case(
+    prompts: int,
+    group: int,
+    shape: ModelShape,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> Case:
+    """Score ``prompts`` x ``group`` completions with a model of this shape."""
+    rows, fixed_rows = rows_a_pass(device)
     return Case(
         operator=OPERATOR,
         shape={
             "prompts": prompts, "of": STEP_PROMPTS, "G": group, "V": shape.vocab, "D": shape.hidden,
         },
-        dtype=torch.float32,
-        inputs=partial(packing_inputs, prompts, group, shape, seed),
-        small=partial(packing_inputs, 2, 2, TINY, seed),
+        dtype=dtype,
+        inputs=partial(packing_inputs, prompts, group, shape, seed, dtype, device),
+        small=partial(packing_inputs, 2, 2, TINY, seed, dtype, device),
         oracle=lambda inputs: {"logp": torch.cat(_alone(inputs, range(len(inputs.traces))))},
         expected=_expected,
         yardstick=("product", lambda x: head_product(x.model.lm_head.weight, x.traces)),
@@ -79,12 +94,12 @@ def packing_case(prompts: int, group: int, shape: ModelShape, seed: int) -> Case
             Variant(
                 "padded",
                 partial(_padded, False),
-                note=f"to the longest of a step of {STEP_PROMPTS} prompts; {ROWS} rows a pass",
+                note=f"to the longest of a step of {STEP_PROMPTS} prompts; {rows} rows a pass",
             ),
             Variant(
                 "padded, fixed",
                 partial(_padded, True),
-                note=f"to {MAX_PROMPT} + {MAX_COMPLETION} tokens; {FIXED_ROWS} row a pass, once",
+                note=f"to {MAX_PROMPT} + {MAX_COMPLETION} tokens; rows a pass: {fixed_rows}; once",
                 once=True,
             ),
         ],
@@ -94,7 +109,7 @@ def packing_case(prompts: int, group: int, shape: ModelShape, seed: int) -> Case
 
 
 def _packed(share: bool, inputs: PackingInputs) -> Prepared:
-    batch = pack(inputs.traces, share_prompts=share)
+    batch = pack(inputs.traces, share_prompts=share, device=inputs.model.device)
     return Prepared(partial(_packed_logp, inputs.model, batch))
 
 
@@ -106,9 +121,10 @@ def _packed_logp(model: LlamaForCausalLM, batch: PackedBatch) -> Outputs:
 
 
 def _padded(fixed: bool, inputs: PackingInputs) -> Prepared:
-    left, width, rows = padding(inputs.step, fixed)
-    whole = rectangle(inputs.traces, left, width)
-    batches = [batch for _, batch in whole.split(rows)]
+    device = inputs.model.device
+    left, width = padding(inputs.step, fixed)
+    whole = rectangle(inputs.traces, left, width, device)
+    batches = [batch for _, batch in whole.split(rows_a_pass(device)[fixed])]
 
     def call() -> Tensor:
         with torch.no_grad(), standard_attention(inputs.model):
@@ -119,10 +135,10 @@ def _padded(fixed: bool, inputs: PackingInputs) -> Prepared:
 
 def _alone(inputs: PackingInputs, chosen: range) -> list[Tensor]:
     """Float64 log-probabilities of the chosen traces, each run alone."""
-    model = LlamaForCausalLM(deepcopy(inputs.model.config)).double().eval()
+    model = LlamaForCausalLM(deepcopy(inputs.model.config)).double().eval().to(inputs.model.device)
     model.load_state_dict(inputs.model.state_dict())
     with torch.no_grad(), standard_attention(model):
-        return [log_probs(model, alone(inputs.traces[index]))[0] for index in chosen]
+        return [log_probs(model, alone(inputs.traces[i], model.device))[0] for i in chosen]
 
 
 def _expected(inputs: PackingInputs) -> Mapping[str, Sampled]:
@@ -135,7 +151,7 @@ def _expected(inputs: PackingInputs) -> Mapping[str, Sampled]:
 
 def _tokens(inputs: PackingInputs) -> Mapping[str, Mapping[str, float]]:
     """Tokens that each formulation runs through the model."""
-    padded, fixed = (sum(padding(inputs.step, to)[:2]) for to in (False, True))
+    padded, fixed = (sum(padding(inputs.step, to)) for to in (False, True))
     return {
         "airl_fast": {"tokens": pack(inputs.traces).num_tokens},
         _REPEATED: {"tokens": sum(trace.num_tokens for trace in inputs.traces)},

@@ -19,7 +19,8 @@ from benchmarks.lengths import MAX_COMPLETION, MAX_PROMPT
 # Rows of a pass, the fastest of those tried (SmolLM2-135M's shape, two cores of an EPYC, float32).
 # Forward and backward of 10 rows of 431 tokens: 1, 2, 5 rows a pass 23.0, 22.0, 28.3 s; forward
 # alone of 4 rows of 1,124: 1, 2, 4 rows 9.6, 9.9, 11.2 s.
-ROWS, FIXED_ROWS = 2, 1
+_ROWS = 2, 1
+_GPU_ROWS = 16, 8  # not tried yet: no GPU has been at hand
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,9 @@ class Rectangle:
             yield part, Rectangle(self.ids[part], self.mask[part], self.width)
 
 
-def rectangle(traces: Sequence[Trace], left: int, width: int) -> Rectangle:
+def rectangle(
+    traces: Sequence[Trace], left: int, width: int, device: torch.device | str = "cpu"
+) -> Rectangle:
     """Pad prompts on the left to ``left`` tokens, completions on the right to ``width``."""
     ids = torch.zeros(len(traces), left + width, dtype=torch.int64)
     mask = torch.zeros_like(ids)
@@ -56,19 +59,24 @@ def rectangle(traces: Sequence[Trace], left: int, width: int) -> Rectangle:
         begin, end = left - len(trace.prompt), left + len(trace.completion)
         ids[row, begin:end] = torch.tensor(trace.prompt + trace.completion)
         mask[row, begin:end] = 1
-    return Rectangle(ids, mask, width)
+    return Rectangle(ids.to(device), mask.to(device), width)
 
 
-def alone(trace: Trace) -> Rectangle:
+def alone(trace: Trace, device: torch.device | str = "cpu") -> Rectangle:
     """One trace, not padded."""
-    return rectangle([trace], len(trace.prompt), len(trace.completion))
+    return rectangle([trace], len(trace.prompt), len(trace.completion), device)
 
 
-def padding(step: StepTraces, fixed: bool) -> tuple[int, int, int]:
-    """What a formulation pads to: left and width; and its rows of a pass."""
+def rows_a_pass(device: torch.device | str) -> tuple[int, int]:
+    """Rows of a pass, padded to the longest and to the fixed length."""
+    return _ROWS if torch.device(device).type == "cpu" else _GPU_ROWS
+
+
+def padding(step: StepTraces, fixed: bool) -> tuple[int, int]:
+    """What a formulation pads to: left and width."""
     if fixed:
-        return MAX_PROMPT, MAX_COMPLETION, FIXED_ROWS
-    return step.longest_prompt, step.longest_completion, ROWS
+        return MAX_PROMPT, MAX_COMPLETION
+    return step.longest_prompt, step.longest_completion
 
 
 def log_probs(model: LlamaForCausalLM, rows: Rectangle) -> Tensor:
@@ -81,4 +89,5 @@ def log_probs(model: LlamaForCausalLM, rows: Rectangle) -> Tensor:
         logits_to_keep=rows.width + 1,
     ).logits[:, :-1]
     taken = rows.ids[:, -rows.width :, None]
-    return functional.log_softmax(logits, -1).gather(-1, taken).squeeze(-1)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return functional.log_softmax(logits, -1, dtype=wide).gather(-1, taken).squeeze(-1)

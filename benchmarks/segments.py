@@ -27,7 +27,7 @@ SUM, MEAN, LAST, SOFTMAX, RETURNS = (
     "discounted_returns",
 )
 OPERATORS = (SUM, MEAN, LAST, SOFTMAX, RETURNS)
-BACKENDS = ("cpu", "reference")
+BACKENDS = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 _SMALL = (5, 11)  # sequences, length
 
 
@@ -40,10 +40,14 @@ class SegmentInputs:
     gamma: float
     upstream: Tensor
 
+    def cpu(self) -> "SegmentInputs":
+        """A copy in CPU memory."""
+        return SegmentInputs(self.x.cpu(), self.cu.cpu(), self.gamma, self.upstream.cpu())
+
     def padded(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Values ``[N]`` padded with zeros to ``[B, L]``, and the mask."""
         lengths = self.cu.diff()
-        mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
+        mask = torch.arange(int(lengths.max()), device=lengths.device)[None] < lengths[:, None]
         padded = values.new_zeros(mask.shape)
         padded[mask] = values
         return padded, mask
@@ -54,7 +58,12 @@ class SegmentInputs:
 
 
 def segment_inputs(
-    sequences: int, length: int | None, gamma: float, dtype: torch.dtype, seed: int
+    sequences: int,
+    length: int | None,
+    gamma: float,
+    dtype: torch.dtype,
+    seed: int,
+    device: str = "cpu",
 ) -> SegmentInputs:
     """Normal values in sequences of one length, or of GSM8K-like lengths if ``length`` is None."""
     rng = np.random.default_rng(seed)
@@ -62,7 +71,7 @@ def segment_inputs(
     generator = torch.Generator().manual_seed(seed)
     x, upstream = torch.randn(2, sum(lengths), generator=generator).to(dtype)
     cu = torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int32)
-    return SegmentInputs(x, cu, gamma, upstream)
+    return SegmentInputs(x.to(device), cu.to(device), gamma, upstream.to(device))
 
 
 def segment_case(
@@ -74,12 +83,13 @@ def segment_case(
     length: int | None = None,
     gamma: float = 1.0,
     gradient: bool = False,
+    device: str = "cpu",
 ) -> Case:
     """One operator over ``sequences`` sequences; ``gamma`` is read by discounted_returns only.
 
     With ``gradient`` a call is the operator and its gradient at given upstream gradients.
     """
-    make = partial(segment_inputs, sequences, length, gamma, dtype, seed)
+    make = partial(segment_inputs, sequences, length, gamma, dtype, seed, device)
     inputs = make()
     elements = len(inputs.x)
     results = elements if operator in _PER_ELEMENT else sequences
@@ -92,11 +102,11 @@ def segment_case(
         shape=shape,
         dtype=dtype,
         inputs=make,
-        small=partial(segment_inputs, *_SMALL, gamma, dtype, seed),
-        oracle=partial(_oracle, operator, gradient),
-        expected=lambda x: {k: Sampled(v) for k, v in _oracle(operator, gradient, x).items()},
+        small=partial(segment_inputs, *_SMALL, gamma, dtype, seed, device),
+        oracle=lambda x: _oracle(operator, gradient, x.cpu()),
+        expected=lambda x: {k: Sampled(v) for k, v in _oracle(operator, gradient, x.cpu()).items()},
         yardstick=("copy", _copy),
-        variants=_variants(operator, gradient),
+        variants=_variants(operator, gradient, device),
         traffic=moved * (2 if gradient else 1) + 4 * (sequences + 1),
     )
 
@@ -178,7 +188,7 @@ class Peer:
         )
 
 
-def _variants(operator: str, gradient: bool) -> list[Variant]:
+def _variants(operator: str, gradient: bool, device: str) -> list[Variant]:
     ours = Peer(getattr(airl_fast, operator))
     return [
         *(
@@ -188,7 +198,7 @@ def _variants(operator: str, gradient: bool) -> list[Variant]:
                 b,
                 partial(airl_fast.backend, b),
             )
-            for b in BACKENDS
+            for b in BACKENDS[device]
         ),
         *(
             Variant(name, partial(peer.prepare, operator, gradient), note=peer.note)
@@ -246,7 +256,7 @@ def _loop_returns(x: Tensor, cu: Tensor, gamma: float) -> Tensor:
         following = 0.0
         for i in range(stop - 1, start - 1, -1):
             returns[i] = following = rewards[i] + gamma * following
-    return torch.tensor(returns, dtype=x.dtype)
+    return torch.tensor(returns, dtype=x.dtype, device=x.device)
 
 
 # Peers: padded to the longest
@@ -267,7 +277,7 @@ def _padded_over_time(x: Tensor, mask: Tensor, gamma: float) -> Tensor:
 
 def _padded_powers(x: Tensor, mask: Tensor, gamma: float) -> Tensor:
     """``R_t = (sum over k >= t of gamma^k r_k) / gamma^t``: 0 / 0 once gamma^t underflows."""
-    powers = gamma ** torch.arange(x.shape[1], dtype=x.dtype)
+    powers = gamma ** torch.arange(x.shape[1], dtype=x.dtype, device=x.device)
     return (x * powers).flip(1).cumsum(1).flip(1) / powers
 
 

@@ -78,17 +78,20 @@ class StepInputs:
                 for value in state.values():
                     value.zero_()
 
-    def double(self) -> "StepInputs":
-        """A copy in float64."""
-        policy, discriminator = (
-            deepcopy(self.policy).double(),
-            deepcopy(self.discriminator).double(),
-        )
+    def copy(self, dtype: torch.dtype) -> "StepInputs":
+        """A copy in float64 or float32, as what is right."""
+        policy, discriminator = (deepcopy(x).to(dtype) for x in (self.policy, self.discriminator))
         return _assembled(self.traces, self.config, policy, discriminator, self.samples)
 
 
 def step_inputs(
-    prompts: int, group: int, shape: ModelShape, seed: int, samples: int = SAMPLES
+    prompts: int,
+    group: int,
+    shape: ModelShape,
+    seed: int,
+    samples: int = SAMPLES,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
 ) -> StepInputs:
     """Random models of this shape, f not equal to log pi, and the traces of ``prompts`` prompts."""
     policy, energy = (
@@ -106,7 +109,9 @@ def step_inputs(
         offset=learned.offset,
     )
     traces = step_traces(prompts, group, shape.vocab, seed)
-    return _assembled(traces, config, policy, discriminator, samples)
+    return _assembled(
+        traces, config, policy.to(device, dtype), discriminator.to(device, dtype), samples
+    )
 
 
 def _assembled(
@@ -157,6 +162,8 @@ class Laps:
 
     def add(self, part: str) -> None:
         """Count the time since the last call as this part's."""
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
         now = perf_counter()
         self.seconds[part] = self.seconds.get(part, 0.0) + now - self._last
         self._last = now

@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM
 from airl_fast.attention import standard_attention
 from airl_fast.packing import Source
 from benchmarks.harness import Outputs, Prepared
-from benchmarks.padded import Rectangle, alone, log_probs, padding, rectangle
+from benchmarks.padded import Rectangle, alone, log_probs, padding, rectangle, rows_a_pass
 from benchmarks.step_inputs import Laps, StepInputs, StepResult, kept_gradients
 
 _EPSILON = 1e-6  # of the division by the deviation
@@ -24,8 +24,10 @@ _EPSILON = 1e-6  # of the division by the deviation
 
 def padded_step(inputs: StepInputs, fixed: bool) -> Prepared:
     """The step with all rows padded to the longest of a step, or to the fixed length."""
-    left, width, rows = padding(inputs.traces, fixed)
-    whole = rectangle(inputs.everything, left, width)
+    device = inputs.policy.device
+    left, width = padding(inputs.traces, fixed)
+    rows = rows_a_pass(device)[fixed]
+    whole = rectangle(inputs.everything, left, width, device)
     count = len(inputs.traces.policy)
     own = Rectangle(whole.ids[:count], whole.mask[:count], width)
     return _prepared(inputs, list(whole.split(rows)), list(own.split(rows)), whole)
@@ -33,10 +35,11 @@ def padded_step(inputs: StepInputs, fixed: bool) -> Prepared:
 
 def alone_step(inputs: StepInputs) -> Prepared:
     """The step one trace at a time, so that nothing is padded: what the others are held to."""
-    left, width, _ = padding(inputs.traces, False)
-    batches = [(slice(i, i + 1), alone(trace)) for i, trace in enumerate(inputs.everything)]
+    device = inputs.policy.device
+    left, width = padding(inputs.traces, False)
+    batches = [(slice(i, i + 1), alone(t, device)) for i, t in enumerate(inputs.everything)]
     own = batches[: len(inputs.traces.policy)]
-    return _prepared(inputs, batches, own, rectangle(inputs.everything, left, width))
+    return _prepared(inputs, batches, own, rectangle(inputs.everything, left, width, device))
 
 
 Batches = list[tuple[slice, Rectangle]]
@@ -110,7 +113,9 @@ def _update_discriminator(
     """Binary cross-entropy on f - log pi with smoothed labels; each class weighs half."""
     disc, smoothing = inputs.discriminator, inputs.config.discriminator.label_smoothing
     trunk = _trunk(inputs)
-    is_expert = torch.tensor([t.source == Source.EXPERT for t in inputs.everything])[:, None]
+    is_expert = torch.tensor(
+        [[t.source == Source.EXPERT] for t in inputs.everything], device=logp.device
+    )
     labels = is_expert.to(logp.dtype) * (1 - smoothing) + smoothing / 2
     counts = torch.where(is_expert, (real & is_expert).sum(), (real & ~is_expert).sum())
     weights = 0.5 * real / counts
@@ -141,7 +146,7 @@ def _advantages(inputs: StepInputs, f: Tensor, real: Tensor) -> Tensor:
         following = f[:, column] + algorithm.gamma * following
         to_go[:, column] = following
     advantages = torch.zeros_like(f)
-    groups = torch.tensor([trace.group for trace in inputs.traces.policy])
+    groups = torch.tensor([trace.group for trace in inputs.traces.policy], device=f.device)
     for group in groups.unique():
         rows = groups == group
         deviation = to_go[rows][real[rows]].std(correction=0)

@@ -158,7 +158,7 @@ def _run(settings: Settings) -> Results:
             if case.memory:
                 keys |= {len(rows) + i: case.key for i in range(len(own))}
             rows += own
-            print(_ratios(own), file=sys.stderr)
+            print(ratios(own), file=sys.stderr)
     except KeyboardInterrupt:  # an hour's numbers are worth keeping
         print("interrupted: what was timed so far is kept", file=sys.stderr)
         found["interrupted"] = True
@@ -169,7 +169,7 @@ def _run(settings: Settings) -> Results:
     return Results(found, settings, rows)
 
 
-def _ratios(rows: list[Row]) -> str:
+def ratios(rows: list[Row]) -> str:
     """A line of progress: the ratios of a case."""
     return ", ".join(
         f"{row.peer} {'' if row.backend == '-' else row.backend + ' '}"
