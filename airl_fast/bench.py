@@ -30,6 +30,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="the start of an operator's name; may be given again (default: all)")  # fmt: skip
     add("--peers", action="append", default=[], metavar="PEER",
         help="beside airl_fast, run this peer; may be given again (default: all)")  # fmt: skip
+    add("--backend", action="append", default=[], dest="backends", metavar="NAME",
+        help="of airl_fast, run this backend; may be given again (default: all)")  # fmt: skip
+    add("--shape", action="append", default=[], dest="shapes", metavar="N,V,D", type=_shape,
+        help="of the operators over the head; may be given again (default: three of real models)")  # fmt: skip
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
         help="of the head's inputs (default: %(default)s)")  # fmt: skip
     add("--threads", type=int, metavar="N", help="default: torch's own number")
@@ -40,6 +44,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--no-memory", dest="memory", action="store_false", help="do not measure peak memory")
     add("--output-dir", type=Path, metavar="DIR",
         help="default: benchmarks/results/HARDWARE-DATE")  # fmt: skip
+
+
+def _shape(text: str) -> tuple[int, int, int]:
+    """Read "N,V,D"."""
+    try:
+        n, v, d = (int(size) for size in text.split(","))
+    except ValueError:
+        n = v = d = 0
+    if min(n, v, d) < 1:
+        raise argparse.ArgumentTypeError(f"expected N,V,D such as 2048,49152,576, received {text}")
+    return n, v, d
 
 
 def run_bench(arguments: argparse.Namespace) -> int:
@@ -72,6 +87,8 @@ def run_bench(arguments: argparse.Namespace) -> int:
         quick=arguments.quick,
         only=tuple(arguments.only),
         peers=tuple(arguments.peers),
+        backends=tuple(arguments.backends),
+        shapes=tuple(arguments.shapes),
         dtype=arguments.dtype,
         seed=arguments.seed,
         threads=arguments.threads or torch.get_num_threads(),

@@ -32,15 +32,22 @@ from benchmarks.harness import (
 )
 
 
-def run_case(case: Case, timing: Timing, *, peers: Sequence[str] | None = None) -> list[Row]:
+def run_case(
+    case: Case,
+    timing: Timing,
+    *,
+    peers: Sequence[str] | None = None,
+    backends: Sequence[str] | None = None,
+) -> list[Row]:
     """Check and time all variants of a case.
 
     Args:
         case: what to run.
         timing: how to time it.
         peers: only these peers (airl_fast is always among them); None for all.
+        backends: only these of airl_fast, where it has several; None for all.
     """
-    chosen = [v for v in case.variants if peers is None or v.peer in peers or OURS in v.peer]
+    chosen = [v for v in case.variants if _is_wanted(v, peers, backends)]
     rows = [_row(case, variant, timing) for variant in chosen]
     checked = [_checked_small(case, v, r) for v, r in zip(chosen, rows, strict=True)]
     if not any(checked):
@@ -57,6 +64,14 @@ def run_case(case: Case, timing: Timing, *, peers: Sequence[str] | None = None) 
     if live:
         _time(case, live, timing, inputs, expected)
     return rows
+
+
+def _is_wanted(
+    variant: Variant, peers: Sequence[str] | None, backends: Sequence[str] | None
+) -> bool:
+    if OURS in variant.peer:
+        return backends is None or variant.backend in (*backends, "default")
+    return peers is None or variant.peer in peers
 
 
 @dataclass

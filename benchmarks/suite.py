@@ -29,7 +29,7 @@ _SWEPT = (heads.ENTROPY, heads.POLICY)  # plotted against N and V
 _SWEEP_D = 576
 _SWEEP_N = tuple((n, 49152) for n in (128, 256, 512, 1024, 4096))  # 2048 is a main shape
 _SWEEP_V = tuple((1024, v) for v in (8192, 16384, 32768, 98304))
-_PACKING = ((2, 4), (2, 8), (1, 16))  # prompts, G
+_PACKING = ((1, 4), (1, 8), (1, 16))  # prompts, G
 _STEP = (1, 8)
 _QUICK_SWEEP = ((32, 512), (64, 256))
 
@@ -42,6 +42,8 @@ class Settings:
         quick: tiny shapes and few rounds: to see that everything works, not to learn speeds.
         only: operators, by the start of their names; empty for all.
         peers: names of peers; empty for all. airl_fast always runs.
+        backends: of airl_fast; empty for all.
+        shapes: N, V, D of the operators over the head; empty for the three of real models.
         dtype: of the head's inputs; the other operators run in float32.
         seed: of all inputs and of the order of timed calls.
         threads: of torch and of the kernels.
@@ -53,6 +55,8 @@ class Settings:
     quick: bool = False
     only: tuple[str, ...] = ()
     peers: tuple[str, ...] = ()
+    backends: tuple[str, ...] = ()
+    shapes: tuple[tuple[int, int, int], ...] = ()
     dtype: str = "float32"
     seed: int = 0
     threads: int = 1
@@ -64,8 +68,9 @@ class Settings:
     def from_json(cls, text: str) -> "Settings":
         """Read what ``json.dumps(asdict(settings))`` wrote."""
         values: dict[str, Any] = json.loads(text)
-        for name in ("only", "peers"):
+        for name in ("only", "peers", "backends"):
             values[name] = tuple(values[name])
+        values["shapes"] = tuple(tuple(shape) for shape in values["shapes"])
         return cls(**values)
 
     def wants(self, operator: str) -> bool:
@@ -94,7 +99,7 @@ def all_cases(settings: Settings) -> Iterator[Case]:
     """Every case of a run, those of one shape together, built when asked for."""
     dtype, seed = getattr(torch, settings.dtype), settings.seed
     yield from _segment_cases(settings)
-    for shape in _QUICK_SHAPES if settings.quick else _SHAPES:
+    for shape in settings.shapes or (_QUICK_SHAPES if settings.quick else _SHAPES):
         for operator in filter(settings.wants, heads.OPERATORS):
             yield heads.head_case(operator, *shape, dtype, seed)
     yield from _end_to_end_cases(settings)
@@ -154,7 +159,9 @@ def _run(settings: Settings) -> Results:
     try:
         for case in all_cases(settings):
             print(f"{case.key}:", end=" ", file=sys.stderr, flush=True)
-            own = run_case(case, timing, peers=settings.peers or None)
+            own = run_case(
+                case, timing, peers=settings.peers or None, backends=settings.backends or None
+            )
             if case.memory:
                 keys |= {len(rows) + i: case.key for i in range(len(own))}
             rows += own
