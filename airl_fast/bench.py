@@ -33,7 +33,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--backend", action="append", default=[], dest="backends", metavar="NAME",
         help="of airl_fast, run this backend; may be given again (default: all)")  # fmt: skip
     add("--shape", action="append", default=[], dest="shapes", metavar="N,V,D", type=_shape,
-        help="of the operators over the head; may be given again (default: three of real models)")  # fmt: skip
+        help="of the head; may be given again (default: those of three models)")  # fmt: skip
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
         help="of the head's inputs (default: %(default)s)")  # fmt: skip
     add("--threads", type=int, metavar="N", help="default: torch's own number")
@@ -42,6 +42,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="of inputs and of the order of calls (default: %(default)s)")  # fmt: skip
     add("--no-sweep", dest="sweep", action="store_false", help="no plots against N and V")
     add("--no-memory", dest="memory", action="store_false", help="do not measure peak memory")
+    add("--report", type=Path, metavar="FILE",
+        help="measure nothing: draw the table and plots of a results.json again")  # fmt: skip
     add("--output-dir", type=Path, metavar="DIR",
         help="default: benchmarks/results/HARDWARE-DATE")  # fmt: skip
 
@@ -69,6 +71,8 @@ def run_bench(arguments: argparse.Namespace) -> int:
     Raises:
         ValueError: not in the repository, or an option that means nothing.
     """
+    if arguments.report is not None:
+        return _report(arguments.report, arguments.output_dir)
     rounds = arguments.rounds or (5 if arguments.quick else 7)
     if rounds < 5:
         raise ValueError(f"--rounds: expected 5 or more for a median, received {rounds}")
@@ -102,6 +106,19 @@ def run_bench(arguments: argparse.Namespace) -> int:
     for row in wrong:
         print(f"wrong: {row.operator} {row.backend}: {row.reason}", file=sys.stderr)
     return 1 if wrong else 0
+
+
+def _report(file: Path, folder: Path | None) -> int:
+    """Write results.md and the plots of a results.json, beside it unless told otherwise."""
+    if not file.is_file():
+        raise ValueError(
+            f"--report: expected a results.json of an earlier run, found no file {file}"
+        )
+    _find_repository()
+    suite, report = (import_module(f"benchmarks.{name}") for name in ("suite", "report"))
+    results = suite.Results.from_json(file.read_text("utf-8"))
+    print(report.write(results, folder or file.parent) / "results.md")
+    return 0
 
 
 def _find_repository() -> None:

@@ -13,7 +13,7 @@ import torch
 import airl_fast
 from airl_fast.ops.dispatch import explain
 
-_PACKAGES = ("torch", "numpy", "transformers", "trl", "liger-kernel")
+_PACKAGES = ("torch", "triton", "numpy", "transformers", "trl", "liger-kernel")
 
 
 def describe() -> dict[str, object]:
@@ -21,6 +21,7 @@ def describe() -> dict[str, object]:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "hardware": hardware(),
+        "gpu": _gpu(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -45,10 +46,19 @@ def hardware() -> str:
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
+def _gpu() -> str | None:
+    """Name, memory and driver of the GPU that torch uses, if there is one."""
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(0)
+    gib = properties.total_memory / 2**30
+    return f"{properties.name} ({gib:.0f} GiB, CUDA {torch.version.cuda})"
+
+
 def slug(environment: dict[str, object]) -> str:
-    """Name of the results' folder: hardware, cores and date."""
-    name = f"{environment['hardware']} {environment['cores']} cores"
-    words = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    """Name of the results' folder: GPU or processor, cores, and date."""
+    name = environment.get("gpu") or f"{environment['hardware']} {environment['cores']} cores"
+    words = re.sub(r"[^a-z0-9]+", "-", str(name).lower()).strip("-")
     return f"{words}-{str(environment['date'])[:10]}"
 
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from benchmarks import roofline
 from benchmarks.environment import slug
 from benchmarks.harness import Row
 from benchmarks.suite import Results
@@ -58,7 +59,8 @@ def _preamble(results: Results) -> list[str]:
     assert isinstance(versions, dict)
     named = ", ".join(f"{k} {v or 'not installed'}" for k, v in versions.items())
     return [
-        f"- {env['date']}, {env['hardware']}, {env['cores']} cores, {env['threads']} threads, "
+        f"- {env['date']}, {_gpu(env)}{env['hardware']}, {env['cores']} cores, "
+        f"{env['threads']} threads, "
         f"{env['memory_gib']} GiB, {env['cpu_capability']}, {env['matrix_library']}, "
         f"{env['system']}",
         f"- {named}",
@@ -73,8 +75,14 @@ def _preamble(results: Results) -> list[str]:
         "- error: largest error over the largest magnitude, against tests/oracle.py on small "
         "inputs and against float64 samples of the timed output. A wrong result has no speed.",
         *(["- The run was interrupted: some cases are missing."] if "interrupted" in env else []),
+        *([f"- tests before timing: {env['tests']}"] if "tests" in env else []),
+        *[f"- left out for want of time: {key}" for key in env.get("left_out", [])],
         *(["- QUICK RUN: tiny shapes, the times mean nothing."] if settings.quick else []),
     ]
+
+
+def _gpu(env: dict[str, object]) -> str:
+    return f"{env['gpu']}, " if env.get("gpu") else ""
 
 
 def _grouped(rows: Iterable[Row]) -> dict[tuple[str, str, str], list[Row]]:
@@ -123,6 +131,7 @@ def _plots(results: Results, folder: Path) -> list[str]:
         return []
     mpl.use("Agg")
     names = [_plot_parts(folder, rows) for rows in _grouped(results.rows).values() if _parted(rows)]
+    names += [name for name in [roofline.plot(results.rows, folder)] if name is not None]
     swept = sorted({row.operator for row in results.rows if row.group == "sweep"})
     for operator in swept:
         rows = [r for r in results.rows if r.operator == operator and r.status == "ok"]

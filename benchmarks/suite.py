@@ -66,8 +66,8 @@ class Settings:
 
     @classmethod
     def from_json(cls, text: str) -> "Settings":
-        """Read what ``json.dumps(asdict(settings))`` wrote."""
-        values: dict[str, Any] = json.loads(text)
+        """Read what ``json.dumps(asdict(settings))`` wrote; older files lack some fields."""
+        values: dict[str, Any] = {"backends": (), "shapes": (), **json.loads(text)}
         for name in ("only", "peers", "backends"):
             values[name] = tuple(values[name])
         values["shapes"] = tuple(tuple(shape) for shape in values["shapes"])
@@ -85,6 +85,23 @@ class Results:
     environment: dict[str, object]
     settings: Settings
     rows: list[Row]
+
+    @classmethod
+    def from_json(cls, text: str) -> "Results":
+        """Read a results.json.
+
+        Raises:
+            ValueError: it is not one.
+        """
+        try:
+            data = json.loads(text)
+            settings = Settings.from_json(json.dumps(data["settings"]))
+            return cls(data["environment"], settings, [Row(**row) for row in data["rows"]])
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"expected the results.json of a benchmark run: {error!r}; "
+                "python -m benchmarks writes one"
+            ) from error
 
     def as_json(self) -> dict[str, Any]:
         """Plain data."""

@@ -18,7 +18,16 @@ from torch import Tensor
 
 from airl_fast.ops import _head
 from airl_fast.ops._cpu_frozen import frozen_sweep
-from airl_fast.ops._cpu_head import CPUHead, Rows, chunks, empty, even_limit, read_all, tile_floats
+from airl_fast.ops._cpu_head import (
+    CPUHead,
+    Rows,
+    chunks,
+    empty,
+    even_limit,
+    read_all,
+    tile_columns,
+    tile_floats,
+)
 from airl_fast.ops._head import kept_rows
 from airl_fast.ops._policy_terms import ActionLoss, Actions, pieces
 
@@ -162,7 +171,7 @@ class GradientSweep:
         floats = tile_floats() // (
             max(rows, self._head.weight.shape[1]) if self._converted else rows
         )
-        return max(1, min(floats, len(self._head.weight)))
+        return max(1, min(floats, tile_columns(rows), len(self._head.weight)))
 
 
 def logprob_backward(

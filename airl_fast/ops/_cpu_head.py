@@ -40,15 +40,24 @@ def tile_shape(count: int, vocab: int, width: int) -> tuple[int, int]:
     """Rows and columns of a tile of logits that are only read, never differentiated.
 
     `tile_floats` is the most for each of the tile, its hidden states (copied if rows are ignored)
-    and its rows of the weight (copied if they are in half precision): 48 MiB at any N. A tile that
-    stays in the cache is read for little: at N = 256, V = 151,936, D = 896 (one thread of an EPYC
-    with 32 MiB) tiles of 8, 32 and 128 MiB took 1.00, 1.04 and 1.29 times the product in one
-    piece. All rows come first, up to 4,096: then the weight, which is the largest thing to read,
-    is read once.
+    and its rows of the weight (copied if they are in half precision): 48 MiB at any N. All rows
+    come first, up to 4,096: then the weight, which is the largest thing to read, is read once.
+    The columns are those of `tile_columns`.
     """
     floats = tile_floats()
     rows = even_limit(count, max(1, min(4096, floats // width, floats)))
-    return rows, max(1, min(vocab, floats // rows, floats // width))
+    return rows, max(1, min(vocab, tile_columns(rows), floats // rows, floats // width))
+
+
+def tile_columns(rows: int) -> int:
+    """Columns that make a tile of ``rows`` rows fast: 2,048, or 4 MiB of them if that is more.
+
+    A small tile is still in the cache, of which others want their part, when it is read; one of few
+    columns makes the product itself slow. Two threads of an EPYC, scoring, in products in one
+    piece: at N = 256, D = 896 tiles of 2, 4, 8 and 16 MiB took 0.80, 0.70, 0.95 and 1.24; at
+    N = 512, D = 2,048 4 and 16 MiB 0.73 and 0.89; at N = 2,048, D = 576 1.71, 1.02, 1.02 and 1.00.
+    """
+    return max(2048, 2**20 // rows)
 
 
 def even_limit(count: int, limit: int) -> int:
