@@ -55,38 +55,89 @@ def options(warps: int, stages: int = 1) -> dict[str, int | bool]:
     return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
 
 
-# The first that fits is taken. Wide hidden states: the largest tile that registers hold, which
-# reads least per multiplication. Narrow ones: tiles small enough for two programs on an SM, so that
-# the exponentials of one hide behind the products of the other.
-_WIDE = (
-    DotConfig(128, 256, 64, 4, 16, warps=8, stages=4),
-    DotConfig(128, 256, 64, 4, 16, warps=8, stages=3),
-    DotConfig(128, 128, 32, 8, 16, warps=8, stages=4),
-)
-_NARROW = (
-    DotConfig(128, 128, 64, 8, 16, warps=8, stages=3),
-    DotConfig(128, 128, 32, 8, 16, warps=8, stages=4),
-)
-_FLOAT32 = (DotConfig(64, 64, 32, 16, 16, warps=4, stages=3),)
+# From sm_90 on, where products read their operands from shared memory, registers hold a tile of
+# 128 x 256 sums (255 registers, no spills); before, they spill, and 128 x 128 is what fits.
+_HOPPER_WIDE = DotConfig(128, 256, 64, 4, 16, warps=8, stages=4)
+_SQUARE = DotConfig(128, 128, 64, 8, 16, warps=8, stages=3)
+_FLOAT32 = DotConfig(64, 64, 32, 16, 16, warps=4, stages=3)
 _SMALL = DotConfig(32, 64, 32, 16, 16, warps=4, stages=3)  # a vocabulary below one split's columns
 
-WIDE_FROM = 2048  # hidden size
+WIDE_FROM = 2048  # hidden size from which the products outweigh the exponentials
 SMALL_BELOW = 1024  # vocabulary
 
 
-def dot_configs(width: int, vocab: int, dtype: torch.dtype) -> tuple[DotConfig, ...]:
-    """Candidates for hidden size D and vocabulary V, the best first."""
+def dot_config(width: int, vocab: int, dtype: torch.dtype, capability: int) -> DotConfig:
+    """Choose the tiles for hidden size D, vocabulary V, the products' dtype and the GPU.
+
+    Raises:
+        RuntimeError: they need more shared memory than the GPU has.
+    """
     if vocab < SMALL_BELOW:
-        return (_SMALL,)
-    if dtype == torch.float32:
-        return _FLOAT32
-    return _WIDE if width >= WIDE_FROM else _NARROW
+        config = _SMALL
+    elif dtype == torch.float32:
+        config = _FLOAT32
+    elif width >= WIDE_FROM and capability >= 90:
+        config = _HOPPER_WIDE
+    else:
+        config = _SQUARE
+    needed, limit = config.shared_bytes(dtype), shared_limit(capability)
+    if needed > limit:
+        raise RuntimeError(
+            f"configuration {config} needs {needed} bytes of shared memory, and compute capability "
+            f"{capability} has {limit}: choose a smaller one in kernels/launch.py"
+        )
+    return config
 
 
-def dot_config(width: int, vocab: int, dtype: torch.dtype, tensor: Tensor) -> DotConfig:
-    """Pick the first candidate that fits the shared memory of the device of ``tensor``."""
-    limit = shared_limit(capability(tensor))
-    return next(c for c in dot_configs(width, vocab, dtype) if c.shared_bytes(dtype) <= limit)
+@dataclass(frozen=True)
+class RowConfig:
+    """How one program reads a row: BLOCK elements at a time."""
+
+    BLOCK: int
+    warps: int
+
+    def constants(self) -> dict[str, int | bool]:
+        """What the kernel takes as constants, and what the compiler is told."""
+        return {"BLOCK": self.BLOCK, **options(self.warps)}
+
+    def __str__(self) -> str:
+        return f"{self.BLOCK} w{self.warps}"
+
+
+# 16 elements for each thread: four 16-byte reads of float32 in flight. A vocabulary that a smaller
+# block covers needs fewer threads.
+ROW_CONFIGS = (RowConfig(1024, 4), RowConfig(4096, 8))
+LONG_ROW_FROM = 16384  # vocabulary
+
+
+def row_config(vocab: int) -> RowConfig:
+    """Choose the configuration for rows of V logits."""
+    return ROW_CONFIGS[vocab >= LONG_ROW_FROM]
+
+
+@dataclass(frozen=True)
+class SegmentConfig:
+    """A program's segments, and how many values of each it reads at a time."""
+
+    ROWS: int
+    COLUMNS: int
+    warps: int
+
+    def constants(self) -> dict[str, int | bool]:
+        """What the kernel takes as constants, and what the compiler is told."""
+        return {"ROWS": self.ROWS, "COLUMNS": self.COLUMNS, **options(self.warps)}
+
+    def __str__(self) -> str:
+        return f"{self.ROWS}x{self.COLUMNS} w{self.warps}"
+
+
+SEGMENT_CONFIGS = (SegmentConfig(32, 16, 4), SegmentConfig(1, 1024, 4))
+LONG_SEGMENTS_FROM = 64  # values per segment, on average
+
+
+def segment_config(values: int, segments: int) -> SegmentConfig:
+    """Choose by the average length; both configurations serve any."""
+    return SEGMENT_CONFIGS[values >= LONG_SEGMENTS_FROM * segments]
 
 
 def capability(tensor: Tensor) -> int:

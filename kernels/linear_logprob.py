@@ -15,11 +15,17 @@ import triton.language as tl
 from torch import Tensor
 
 from airl_fast.kernels._maths import rescale, shape_logits
-from airl_fast.kernels.launch import DotConfig, dot_config, interpreted, on_device, options
+from airl_fast.kernels.launch import DotConfig, capability, dot_config, interpreted, on_device, options
 from airl_fast.ops._gpu_rows import RowHead
 
 PARTIAL_BYTES = 64 * 2**20  # of what the splits leave behind; rows beyond that take another launch
 _COMBINED_ROWS = 128
+
+
+@triton.jit
+def halved(a):
+    """The left and the right half of the columns of ``a [R, C]``; the registers stay."""
+    return tl.split(a.reshape(a.shape[0], 2, a.shape[1] // 2).permute(0, 2, 1))
 
 
 @triton.jit
@@ -124,24 +130,26 @@ def split_kernel(
             else:
                 a = tl.dot(x_tile, w_tile, a)
 
-        # In quarters, one after the other: all at once would not fit the registers.
-        halves = tl.split(a.reshape(BM, 2, BN // 2).permute(0, 2, 1))
-        for half in tl.static_range(2):
-            quarters = tl.split(halves[half].reshape(BM, 2, BN // 4).permute(0, 2, 1))
-            for quarter in tl.static_range(2):
-                largest, total, gap, taken = take_in(
-                    quarters[quarter],
-                    (largest, total, gap, taken),
-                    target,
-                    bias,
-                    start + (2 * half + quarter) * (BN // 4),
-                    vocab,
-                    inner,
-                    outer,
-                    HAS_BIAS,
-                    CAPPED,
-                    ENTROPY,
-                )
+        # In pieces, one after the other: all at once would not fit the registers.
+        pieces = halved(a)
+        for i in tl.static_range(2):
+            halves = halved(pieces[i])
+            for j in tl.static_range(2):
+                quarters = halved(halves[j])
+                for k in tl.static_range(2):
+                    largest, total, gap, taken = take_in(
+                        quarters[k],
+                        (largest, total, gap, taken),
+                        target,
+                        bias,
+                        start + (4 * i + 2 * j + k) * (BN // 8),
+                        vocab,
+                        inner,
+                        outer,
+                        HAS_BIAS,
+                        CAPPED,
+                        ENTROPY,
+                    )
         w_start += BN * weight_stride
 
     row = block * BM + tl.arange(0, BM)
@@ -220,7 +228,7 @@ def read_head(
     """
     vocab, width = weight.shape
     dtype = product_dtype(hidden, weight)
-    config = config or dot_config(width, vocab, dtype, hidden)
+    config = config or dot_config(width, vocab, dtype, capability(hidden))
     splits = triton.cdiv(vocab, config.split_columns)
     limit = launch_rows(splits)
     partial = torch.empty(

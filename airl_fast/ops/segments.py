@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from airl_fast import _C
+from airl_fast.ops import _triton
 from airl_fast.ops.dispatch import implements, pick
 
 
@@ -314,3 +315,12 @@ def _softmax_cpu(x: Tensor, cu: Tensor) -> Tensor:
 def address(x: Tensor) -> tuple[int, int, int]:
     """Describe a vector to C++: address, stride in elements, bytes per element."""
     return x.data_ptr(), x.stride(0), x.element_size()
+
+
+# Backend "triton": kernels/segments.py.
+
+
+implements("segment_sum", "triton", _triton.serves)(_triton.segment_sum)
+implements("segment_mean", "triton", _triton.serves)(_triton.segment_mean)
+implements("segment_last", "triton", _triton.serves)(_triton.segment_last)
+implements("segment_softmax", "triton", _triton.serves)(_triton.segment_softmax)
