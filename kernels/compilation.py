@@ -19,9 +19,6 @@ from typing import Any
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
 from airl_fast.kernels import discriminator, linear_logprob, rows, segments
 from airl_fast.kernels.launch import (
     ROW_CONFIGS,
@@ -32,6 +29,8 @@ from airl_fast.kernels.launch import (
     options,
     shared_limit,
 )
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 ARCHITECTURES = (80, 90)
 _TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -111,9 +110,7 @@ def _products(arch: int) -> Iterator[Case]:
     types = {"partial": "*fp32", "logp": "*fp32", "entropy": "*fp32", "count": "i32"}
     constants = {"ENTROPY": True, "ROWS": linear_logprob._COMBINED_ROWS}
     types["splits"] = "i32"
-    yield Case(
-        linear_logprob.combine_kernel, "fp32", "", types, constants, options(warps=4)
-    )
+    yield Case(linear_logprob.combine_kernel, "fp32", "", types, constants, options(warps=4))
 
 
 def _rows() -> Iterator[Case]:

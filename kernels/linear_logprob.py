@@ -12,10 +12,17 @@ result depends neither on N nor on the rows beside it.
 import torch
 import triton
 import triton.language as tl
+from airl_fast.kernels._maths import rescale, shape_logits
+from airl_fast.kernels.launch import (
+    DotConfig,
+    capability,
+    dot_config,
+    interpreted,
+    on_device,
+    options,
+)
 from torch import Tensor
 
-from airl_fast.kernels._maths import rescale, shape_logits
-from airl_fast.kernels.launch import DotConfig, capability, dot_config, interpreted, on_device, options
 from airl_fast.ops._gpu_rows import RowHead
 
 PARTIAL_BYTES = 64 * 2**20  # of what the splits leave behind; rows beyond that take another launch
@@ -124,9 +131,7 @@ def split_kernel(
                     w_start + k + w_offset, mask=inside[:, None] < width - k, other=0.0
                 )
             if FLOAT32:
-                a = tl.dot(
-                    x_tile.to(tl.float32), w_tile.to(tl.float32), a, input_precision="ieee"
-                )
+                a = tl.dot(x_tile.to(tl.float32), w_tile.to(tl.float32), a, input_precision="ieee")
             else:
                 a = tl.dot(x_tile, w_tile, a)
 
@@ -185,7 +190,7 @@ def combine_kernel(
         peak = tl.load(at, mask=stored, other=0.0)
         sums = tl.load(at + part, mask=stored, other=1.0)
         top = tl.maximum(largest, peak)
-        base, shrink, rise = rescale(largest, top)
+        _, shrink, rise = rescale(largest, top)
         _, fresh, climb = rescale(peak, top)
         if ENTROPY:
             gaps = tl.load(at + 2 * part, mask=stored, other=0.0)

@@ -7,18 +7,21 @@ blocks that lie wholly inside the row need no mask, whatever V is.
 
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from airl_fast.kernels._maths import rescale, shape_logits
 from airl_fast.kernels.launch import RowConfig, on_device, row_config
+from torch import Tensor
+
 from airl_fast.ops._gpu_rows import RowHead
 from airl_fast.ops._policy_terms import ActionLoss, Actions
 
 
 @triton.jit
-def load_z(a, bias, column, vocab, head, MASKED: tl.constexpr, HAS_BIAS: tl.constexpr):
+def load_z(
+    a, bias, column, vocab, head, MASKED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    CAPPED: tl.constexpr,
+):  # fmt: skip
     """Z and slope of a block of a row at address ``a``; logits past the end become -inf."""
-    inner, outer, CAPPED = head
+    inner, outer = head
     b = 0.0
     if MASKED:
         logits = tl.load(a + column, mask=column < vocab, other=float("-inf")).to(tl.float32)
@@ -37,11 +40,11 @@ def load_z(a, bias, column, vocab, head, MASKED: tl.constexpr, HAS_BIAS: tl.cons
 @triton.jit
 def take_in(
     a, bias, column, vocab, head, stats, MASKED: tl.constexpr, HAS_BIAS: tl.constexpr,
-    ENTROPY: tl.constexpr,
+    CAPPED: tl.constexpr, ENTROPY: tl.constexpr,
 ):  # fmt: skip
     """Carry a row's statistics over one more block."""
     largest, total, gap = stats
-    z, _ = load_z(a, bias, column, vocab, head, MASKED, HAS_BIAS)
+    z, _ = load_z(a, bias, column, vocab, head, MASKED, HAS_BIAS, CAPPED)
     top = tl.maximum(largest, tl.max(z, 0))
     base, shrink, rise = rescale(largest, top)
     x = z - base
@@ -55,12 +58,12 @@ def take_in(
 
 @triton.jit
 def read_row(
-    a, bias, vocab, target, head, HAS_BIAS: tl.constexpr, ENTROPY: tl.constexpr,
-    BLOCK: tl.constexpr,
+    a, bias, vocab, target, head, HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr,
+    ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Largest z, sum of exp(z - largest), mean gap, and z of the target, of the row at ``a``."""
     lanes = tl.arange(0, BLOCK)
-    taken, _ = load_z(a, bias, target, vocab, head, False, HAS_BIAS)
+    taken, _ = load_z(a, bias, target, vocab, head, False, HAS_BIAS, CAPPED)
     stats = (
         tl.full((), float("-inf"), tl.float32),
         tl.zeros((BLOCK,), tl.float32),
@@ -68,9 +71,11 @@ def read_row(
     )
     whole = vocab // BLOCK * BLOCK
     for start in range(0, whole, BLOCK):
-        stats = take_in(a, bias, start + lanes, vocab, head, stats, False, HAS_BIAS, ENTROPY)
+        stats = take_in(
+            a, bias, start + lanes, vocab, head, stats, False, HAS_BIAS, CAPPED, ENTROPY
+        )
     if whole < vocab:
-        stats = take_in(a, bias, whole + lanes, vocab, head, stats, True, HAS_BIAS, ENTROPY)
+        stats = take_in(a, bias, whole + lanes, vocab, head, stats, True, HAS_BIAS, CAPPED, ENTROPY)
     largest, totals, gaps = stats
     total = tl.sum(totals, 0)
     return largest, total, tl.sum(gaps, 0) / total, taken
@@ -90,12 +95,12 @@ def log_prob(stats):
 @triton.jit
 def write_block(
     a, out, bias, column, vocab, target, head, stats, coefficients, MASKED: tl.constexpr,
-    HAS_BIAS: tl.constexpr, NARROW: tl.constexpr,
+    HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
     """Gradient at the logits of one block of a row."""
     largest, gap = stats
     c0, c1, at_target = coefficients
-    z, slope = load_z(a, bias, column, vocab, head, MASKED, HAS_BIAS)
+    z, slope = load_z(a, bias, column, vocab, head, MASKED, HAS_BIAS, CAPPED)
     x = z - largest
     g = tl.exp(x) * (c0 + c1 * (x + gap))
     g = tl.where(column == target, at_target, g) * slope
@@ -110,7 +115,7 @@ def write_block(
 @triton.jit
 def write_row(
     a, out, bias, vocab, target, head, slope, stats, d_logp, d_entropy, HAS_BIAS: tl.constexpr,
-    NARROW: tl.constexpr, BLOCK: tl.constexpr,
+    CAPPED: tl.constexpr, NARROW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Overwrite a row by its gradient, in ascending order.
 
@@ -129,12 +134,12 @@ def write_row(
     for start in range(0, whole, BLOCK):
         write_block(
             a, out, bias, start + lanes, vocab, target, head, (largest, gap), coefficients, False,
-            HAS_BIAS, NARROW,
+            HAS_BIAS, CAPPED, NARROW,
         )  # fmt: skip
     if whole < vocab:
         write_block(
             a, out, bias, whole + lanes, vocab, target, head, (largest, gap), coefficients, True,
-            HAS_BIAS, NARROW,
+            HAS_BIAS, CAPPED, NARROW,
         )  # fmt: skip
 
 
@@ -158,9 +163,11 @@ def read_kernel(
 ):
     """Log p and entropy of one row, and what `differentiate_kernel` needs of it."""
     row = tl.program_id(0).to(tl.int64)
-    head = inner, outer, CAPPED
+    head = inner, outer
     target = tl.load(targets + row).to(tl.int32)
-    found = read_row(logits + row * stride, bias, vocab, target, head, HAS_BIAS, ENTROPY, BLOCK)
+    found = read_row(
+        logits + row * stride, bias, vocab, target, head, HAS_BIAS, CAPPED, ENTROPY, BLOCK
+    )
     log_p, h = log_prob(found)
     tl.store(logp + row, log_p)
     if ENTROPY:
@@ -195,14 +202,14 @@ def differentiate_kernel(
 ):
     """Overwrite one row by its gradient, given that at its log p and entropy."""
     row = tl.program_id(0).to(tl.int64)
-    head = inner, outer, CAPPED
+    head = inner, outer
     a = logits + row * stride
     target = tl.load(targets + row).to(tl.int32)
     if KEPT:
         at = stats + row * 4
         found = tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
     else:
-        found = read_row(a, bias, vocab, target, head, HAS_BIAS, D_ENTROPY, BLOCK)
+        found = read_row(a, bias, vocab, target, head, HAS_BIAS, CAPPED, D_ENTROPY, BLOCK)
     dl = tl.zeros((), tl.float32)
     dh = tl.zeros((), tl.float32)
     if D_LOGP:
@@ -212,7 +219,7 @@ def differentiate_kernel(
     tl.debug_barrier()  # the whole row has been read before any of it is overwritten
     out = gradient + row * gradient_stride
     write_row(
-        a, out, bias, vocab, target, head, slope, found, dl, dh, HAS_BIAS, NARROW, BLOCK
+        a, out, bias, vocab, target, head, slope, found, dl, dh, HAS_BIAS, CAPPED, NARROW, BLOCK
     )  # fmt: skip
 
 
@@ -249,10 +256,10 @@ def policy_kernel(
 ):
     """Log p, entropy and the policy loss's gradient of one row (`ActionLoss.terms`)."""
     row = tl.program_id(0).to(tl.int64)
-    head = inner, outer, CAPPED
+    head = inner, outer
     a = logits + row * stride
     target = tl.load(targets + row).to(tl.int32)
-    found = read_row(a, bias, vocab, target, head, HAS_BIAS, True, BLOCK)
+    found = read_row(a, bias, vocab, target, head, HAS_BIAS, CAPPED, True, BLOCK)
     log_p, h = log_prob(found)
     tl.store(logp + row, log_p)
     tl.store(entropy + row, h)
@@ -278,7 +285,7 @@ def policy_kernel(
     tl.debug_barrier()  # the whole row has been read before any of it is overwritten
     write_row(
         a, gradient + row * gradient_stride, bias, vocab, target, head, slope, found,
-        d_logp * weight, -entropy_coef * weight, HAS_BIAS, NARROW, BLOCK,
+        d_logp * weight, -entropy_coef * weight, HAS_BIAS, CAPPED, NARROW, BLOCK,
     )  # fmt: skip
 
 

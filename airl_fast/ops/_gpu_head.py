@@ -179,7 +179,7 @@ def read_chunks(
     logp: Tensor,
     entropy: Tensor | None,
 ) -> None:
-    """Fill ``logp [K]`` and ``entropy [K]`` from ``targets [K]``: a product and a read per chunk."""
+    """Fill ``logp [K]`` and ``entropy [K]`` from ``targets [K]``: a product and a read a chunk."""
     head = GPUHead(hidden, kept, weight, bias, options, kernels, (False, False, False))
     for chunk in chunks(len(kept), head.limit):
         head.fill(chunk)
@@ -282,5 +282,3 @@ def spread(values: Tensor, kept: Tensor, count: int) -> Tensor:
     """Values ``[K]`` at the kept rows of ``[N]``, 0 elsewhere."""
     everything = len(kept) == count
     return values if everything else values.new_zeros(count).index_copy_(0, kept, values)
-
-

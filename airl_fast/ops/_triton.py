@@ -82,9 +82,7 @@ def _read(
     no tensor cores to feed: there torch's product and a read of the chunk are taken.
     """
     if hidden.dtype != weight.dtype or hidden.dtype not in _HALF:
-        _gpu_head.read_chunks(
-            hidden, kept, weight, bias, targets, options, rows(), logp, entropy
-        )
+        _gpu_head.read_chunks(hidden, kept, weight, bias, targets, options, rows(), logp, entropy)
         return
     from airl_fast.kernels.linear_logprob import read_head
 
