@@ -104,9 +104,9 @@ class RowConfig:
         return f"{self.BLOCK} w{self.warps}"
 
 
-# 8 elements for each thread, two 16-byte reads of float32: with 16 the compiler spills to keep three
-# programs on an SM. Many threads to a long row, so that few rows compete for the cache in between
-# the read and the write.
+# 8 elements for each thread, two 16-byte reads of float32: with 16 the compiler spills to keep
+# three programs on an SM. Many threads to a long row, so that few rows compete for the cache in
+# between the read and the write.
 ROW_CONFIGS = (RowConfig(1024, 4), RowConfig(4096, 16))
 LONG_ROW_FROM = 16384  # vocabulary
 
