@@ -4,7 +4,6 @@ Triton and the kernels are imported when the first call is served, never by ``im
 N rows (actions), S spans, B sequences, V vocabulary, K rows that are not ignored.
 """
 
-import os
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from airl_fast.kernels.launch import interpreted
 from airl_fast.ops import _gpu_head, dispatch
 from airl_fast.ops._gpu_rows import RowKernels, row_head
 from airl_fast.ops._head import kept_rows
@@ -46,11 +46,6 @@ def serves_head(*tensors: Tensor) -> str | None:
     if any(tensor.dtype == torch.float64 for tensor in tensors):
         return "its logits are float32, and float64 inputs ask for float64"
     return serves(*tensors)
-
-
-def interpreted() -> bool:
-    """Whether Triton interprets its kernels in this process."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @cache
@@ -135,8 +130,7 @@ def policy_loss_sweep(
         )
     logp, entropy = torch.empty_like(actions.share), torch.empty_like(actions.share)
     _read(hidden, actions.rows, weight, bias, actions.targets, options, logp, entropy)
-    nothing = logp.new_empty(0)
-    return logp, entropy, (nothing, nothing, nothing)
+    return logp, entropy, (logp.new_empty(0), logp.new_empty(0), logp.new_empty(0))
 
 
 def segment_sum(x: Tensor, cu: Tensor) -> Tensor:

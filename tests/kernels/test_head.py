@@ -58,7 +58,7 @@ def test_forward_and_gradients_are_as_good_as_plain_torch(head, dtype, device):
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", DTYPES, **ids)
-@pytest.mark.parametrize(("n", "vocab", "width"), [(1, 1, 1), (5, 63, 16), (35, 200, 70)])
+@pytest.mark.parametrize(("n", "vocab", "width"), [(1, 1, 1), (5, 63, 16), (19, 150, 40)])
 def test_fused_forward_on_odd_shapes(n, vocab, width, dtype, device, monkeypatch):
     """Any N, V and D, from one tile to several; two launches of 16 rows, and indexed rows."""
     from airl_fast.kernels import linear_logprob as kernels
@@ -77,11 +77,9 @@ def test_fused_forward_on_odd_shapes(n, vocab, width, dtype, device, monkeypatch
         out = torch.empty(2, len(rows), device=device)
         kernels.read_head(hidden, weight, targets[rows], head, index, *out, config)
         for got, exact in zip(out, truth, strict=True):
-            bound = 64 * torch.finfo(torch.float32).eps * max(1.0, math.log(vocab), width**0.5)
-            assert (got - exact[rows]).abs().max(initial=0) <= bound if len(rows) else True
+            assert torch.allclose(got.double(), exact[rows], rtol=1e-5, atol=1e-5)
         found.append(out)
-    if len(rows):
-        assert (found[0] - found[1]).abs().max() < 1e-5
+    assert torch.allclose(*found, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.usefixtures("triton_backend")
