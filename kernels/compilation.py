@@ -35,7 +35,7 @@ from triton.compiler import ASTSource
 ARCHITECTURES = (80, 90)
 _TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # (D, V) that reach every entry of the table of products.
-_SHAPES = ((4096, 128256), (896, 151936), (64, 512))
+_SHAPES = ((4096, 128256), (896, 151936), (100, 151936), (64, 512), (100, 512))
 
 
 @dataclass(frozen=True)
@@ -75,18 +75,19 @@ def cases(arch: int) -> Iterator[Case]:
 
 
 def _products(arch: int) -> Iterator[Case]:
-    chosen: dict[tuple[str, DotConfig], None] = {}
+    chosen: dict[tuple[str, DotConfig, bool], None] = {}
     for dtype, torch_dtype in _TYPES.items():
         for width, vocab in _SHAPES:
-            chosen[dtype, dot_config(width, vocab, torch_dtype, arch)] = None
+            config = dot_config(width, vocab, torch_dtype, arch)
+            chosen[dtype, config, width % config.BK == 0] = None
     types = {"bias": "*fp32", "targets": "*i64", "partial": "*fp32", "count": "i32"}
     types |= {"vocab": "i32", "width": "i32", "hidden_stride": "i32", "weight_stride": "i32"}
     types |= {"inner": "fp32", "outer": "fp32"}
-    for dtype, config in chosen:
+    for dtype, config, even in chosen:
         both = {"hidden": f"*{dtype}", "weight": f"*{dtype}"}
         for full in (False, True):
             for entropy in (False, True):
-                constants = {"HAS_BIAS": full, "CAPPED": full, "ENTROPY": entropy, "EVEN": True}
+                constants = {"HAS_BIAS": full, "CAPPED": full, "ENTROPY": entropy, "EVEN": even}
                 constants |= {"FLOAT32": dtype == "fp32", **config.constants()}
                 yield Case(
                     linear_logprob.split_kernel,
@@ -95,18 +96,8 @@ def _products(arch: int) -> Iterator[Case]:
                     types | both,
                     constants,
                     config.options(),
+                    () if even else ("width", "hidden", "weight", "hidden_stride", "weight_stride"),
                 )
-        uneven = constants | {"EVEN": False}
-        unaligned = ("width", "hidden", "weight", "hidden_stride", "weight_stride")
-        yield Case(
-            linear_logprob.split_kernel,
-            dtype,
-            f"{config} any D",
-            types | both,
-            uneven,
-            config.options(),
-            unaligned,
-        )
     types = {"partial": "*fp32", "logp": "*fp32", "entropy": "*fp32", "count": "i32"}
     constants = {"ENTROPY": True, "ROWS": linear_logprob._COMBINED_ROWS}
     types["splits"] = "i32"

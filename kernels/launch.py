@@ -59,6 +59,7 @@ def options(warps: int, stages: int = 1) -> dict[str, int | bool]:
 # 128 x 256 sums (255 registers, no spills); before, they spill, and 128 x 128 is what fits.
 _HOPPER_WIDE = DotConfig(128, 256, 64, 4, 16, warps=8, stages=4)
 _SQUARE = DotConfig(128, 128, 64, 8, 16, warps=8, stages=3)
+_RAGGED = DotConfig(64, 128, 32, 8, 16, warps=8, stages=3)  # masks along D take registers too
 _FLOAT32 = DotConfig(64, 64, 32, 16, 16, warps=4, stages=3)
 _SMALL = DotConfig(32, 64, 32, 16, 16, warps=4, stages=3)  # a vocabulary below one split's columns
 
@@ -76,6 +77,8 @@ def dot_config(width: int, vocab: int, dtype: torch.dtype, capability: int) -> D
         config = _SMALL
     elif dtype == torch.float32:
         config = _FLOAT32
+    elif width % _SQUARE.BK != 0:
+        config = _RAGGED
     elif width >= WIDE_FROM and capability >= 90:
         config = _HOPPER_WIDE
     else:
