@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from airl_fast.ops import _cpu_head
+from airl_fast.ops import _cpu_head, _triton
 from airl_fast.ops._head import check_head, no_autocast, present
 from airl_fast.ops.dispatch import implements, pick
 from airl_fast.ops.linear_logprob import linear_logprob
@@ -324,6 +324,50 @@ def _score_composed(
         if shaping_gamma is not None and cu_seq_spans is not None:
             f += _shaping(rows[:, 1], cu_seq_spans.long(), shaping_gamma)
     reward = f - reduce(logp, cu_spans) if form == "airl" else f.clone()
+    return reward, f, logp, entropy
+
+
+@implements("airl_score", "triton", _triton.serves_head)
+def _score_triton(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    disc_hidden: Tensor,
+    disc_weight: Tensor,
+    cu_spans: Tensor,
+    bias: Tensor | None,
+    disc_bias: Tensor | None,
+    disc_scale: Tensor,
+    disc_head: str,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    span_logp: str,
+    form: str,
+    shaping_gamma: float | None,
+    cu_seq_spans: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As composed, but that one kernel makes f and rewards of a score head."""
+    head = (temperature, softcap, logit_scale)
+    if disc_head == "lm":
+        return _score_composed(
+            hidden, weight, targets, disc_hidden, disc_weight, cu_spans, bias, disc_bias,
+            disc_scale, disc_head, *head, span_logp, form, shaping_gamma, cu_seq_spans,
+        )  # fmt: skip
+    logp, entropy = linear_logprob(
+        hidden,
+        weight,
+        targets,
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        return_entropy=True,
+    )
+    reward, f = _triton.span_scores(
+        disc_hidden, disc_weight, disc_bias, logp, cu_spans, span_logp == "mean", form,
+        shaping_gamma, cu_seq_spans,
+    )  # fmt: skip
     return reward, f, logp, entropy
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from airl_fast.ops import _cpu_gradients, _cpu_head
+from airl_fast.ops import _cpu_gradients, _cpu_head, _triton
 from airl_fast.ops._head import (
     NON_FINITE_LOGITS,
     ChunkedHead,
@@ -83,8 +83,9 @@ def linear_logprob(
     48 MiB forward (`_cpu_head.tile_shape` has the rule) and at most 128 MiB backward
     (`_cpu_gradients`), half-precision weights included; with the reference, either way, two
     buffers of `_head.chunk_rows` rows of logits (128 MiB each; a third to differentiate a
-    soft-capped head), and one float32 copy of a weight that is in half precision. Then the
-    gradients in float32.
+    soft-capped head), and one float32 copy of a weight that is in half precision. With Triton
+    64 MiB of partial sums forward in half precision, otherwise one chunk of 512 MiB (`_gpu_head`).
+    Then the gradients in float32.
 
     Args:
         hidden: ``[N, D]``, floating; the hidden states that predict the targets. Any strides.
@@ -324,3 +325,5 @@ def _reference_backward(
 
 implements("linear_logprob", "cpu", _cpu_head.serves)(_cpu_head.logprob_forward)
 implements("linear_logprob_backward", "cpu", _cpu_head.serves)(_cpu_gradients.logprob_backward)
+implements("linear_logprob", "triton", _triton.serves_head)(_triton.logprob_forward)
+implements("linear_logprob_backward", "triton", _triton.serves_head)(_triton.logprob_backward)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from airl_fast import _C
+from airl_fast.ops import _triton
 from airl_fast.ops._eager import recorded
 from airl_fast.ops.dispatch import implements, pick
 from airl_fast.ops.segments import (
@@ -118,3 +119,6 @@ def _returns_cpu(x: Tensor, cu: Tensor, gamma: float, transpose: bool) -> Tensor
     threads = torch.get_num_threads()
     _C.discounted_scan(address(x), cuts(cu), gamma, transpose, threads, out.data_ptr())
     return out
+
+
+implements("discounted_returns", "triton", _triton.serves)(_triton.discounted_returns)

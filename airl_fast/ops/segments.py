@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from airl_fast import _C
+from airl_fast.ops import _triton
 from airl_fast.ops._eager import recorded
 from airl_fast.ops.dispatch import implements, pick
 
@@ -345,3 +346,12 @@ def address(x: Tensor) -> tuple[int, int, int]:
 def cuts(cu: Tensor) -> tuple[int, int]:
     """Describe contiguous offsets to C++: address, spans."""
     return cu.data_ptr(), cu.shape[0] - 1
+
+
+# Backend "triton": kernels/segments.py.
+
+
+implements("segment_sum", "triton", _triton.serves)(_triton.segment_sum)
+implements("segment_mean", "triton", _triton.serves)(_triton.segment_mean)
+implements("segment_last", "triton", _triton.serves)(_triton.segment_last)
+implements("segment_softmax", "triton", _triton.serves)(_triton.segment_softmax)
