@@ -1,0 +1,56 @@
+"""Build the CUDA kernels for the CPU: csrc/cuda/ as C++, over tests/cuda/emulator.h."""
+
+import hashlib
+import importlib.util
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[1] / "csrc"
+SOURCES = [*sorted(CSRC.glob("cuda/rows*.cu")), HERE / "emulator.cpp"]
+FLAGS = [
+    *("-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
+    *("-ffp-contract=off", f"-I{HERE}", f"-I{CSRC}/cuda"),
+]
+
+
+def fingerprint(*more: object) -> str:
+    """A hash of every source that a build depends on."""
+    digest = hashlib.sha256(repr(more).encode())
+    for file in sorted([*CSRC.glob("*.h"), *CSRC.glob("cuda/*"), *HERE.glob("*.*p*"), *HERE.glob("*.h")]):
+        digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def compiler() -> str:
+    found = shutil.which("g++")
+    if found is None:
+        pytest.skip("no g++ to compile the CUDA kernels for the CPU with")
+    return found
+
+
+def build(folder: Path) -> ModuleType:
+    """The extension `_cuda`, its kernels emulated; addresses are those of the CPU's memory."""
+    include = Path(torch.__file__).parent / "include"
+    if not (include / "pybind11").is_dir():
+        pytest.skip("this torch has no pybind11 headers to build the bindings with")
+    module = folder / f"_cuda-{fingerprint()}.so"
+    if not module.exists():
+        python = sysconfig.get_path("include")
+        command = [compiler(), "-x", "c++", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", *FLAGS]
+        command += [f"-isystem{include}", f"-isystem{python}", CSRC / "cuda" / "bindings.cpp", *SOURCES]
+        unfinished = module.with_suffix(".part")
+        subprocess.run([*command, "-o", unfinished], check=True)
+        unfinished.rename(module)
+    spec = importlib.util.spec_from_file_location("_cuda", module)
+    assert spec is not None
+    assert spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
