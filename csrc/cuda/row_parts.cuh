@@ -6,7 +6,9 @@
 
 namespace airl_fast::gpu {
 
-constexpr int kBatch = 4;  // 16-byte loads that a thread has under way
+// 16-byte loads that a thread has under way; with a soft cap there is more to compute meanwhile.
+template <bool kShaped>
+constexpr int kBatch = kShaped ? 2 : 4;
 constexpr int kMaxThreads = 1024;
 constexpr float kNone = -HUGE_VALF;  // the maximum of nothing
 
@@ -73,7 +75,7 @@ __device__ __forceinline__ void tanh_and_slope(float y, float* value, float* slo
     *value = fmaf(q, square * y, y);
     *slope = fmaf(-*value, *value, 1.0f);
   } else {
-    const float u = 2.0f / (__expf(2.0f * (size > 20.0f ? 20.0f : size)) + 1.0f);
+    const float u = __fdividef(2.0f, __expf(2.0f * (size > 20.0f ? 20.0f : size)) + 1.0f);
     *value = copysignf(1.0f - u, y);
     *slope = u * (2.0f - u);
   }
@@ -139,14 +141,14 @@ __device__ __forceinline__ Partial read_share(const Row<T>& row, const Head& hea
   Partial part = {kNone, 0.0f, 0.0f};
   float slope;
   for (int round = 0, first = share; first < row.vectors;
-       round += kBatch, first += kBatch * sharers) {
-    uint4 bits[kBatch];
+       round += kBatch<kShaped>, first += kBatch<kShaped> * sharers) {
+    uint4 bits[kBatch<kShaped>];
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
+    for (int i = 0; i < kBatch<kShaped>; ++i) {
       if (first + i * sharers < row.vectors) bits[i] = load16(row.at(first + i * sharers));
     }
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
+    for (int i = 0; i < kBatch<kShaped>; ++i) {
       const int vector = first + i * sharers;
       if (vector >= row.vectors) break;
       if (round + i < kept_rounds) store16(kept + (round + i) * kept_pitch, bits[i]);
@@ -239,16 +241,16 @@ template <class T, class U, bool kShaped>
 __device__ __forceinline__ void write_vectors(const Row<T>& row, const Head& head,
                                               const Coefficients& c, int begin, int end,
                                               int offset, int step) {
-  for (; begin < end; begin += kBatch * step) {
-    uint4 bits[kBatch];
+  for (; begin < end; begin += kBatch<kShaped> * step) {
+    uint4 bits[kBatch<kShaped>];
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
+    for (int i = 0; i < kBatch<kShaped>; ++i) {
       const int vector = begin + i * step + offset;
       if (vector < end) bits[i] = load16(row.at(vector));
     }
     if (sizeof(U) != sizeof(T)) cluster_barrier();
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
+    for (int i = 0; i < kBatch<kShaped>; ++i) {
       const int vector = begin + i * step + offset;
       if (vector < end) write_vector<T, U, kShaped>(row, vector, bits[i], head, c);
     }

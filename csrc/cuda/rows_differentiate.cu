@@ -7,11 +7,11 @@ namespace airl_fast::gpu {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kSlice = 2 * kBatch * kThreads;  // vectors of a block: 32 KiB
+constexpr int kSlice = 8 * kThreads;  // vectors of a block: 32 KiB
 
 // A block takes `slice` vectors of a row; the statistics are those of the whole row.
 template <class T, class U, bool kShaped>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     differentiate_kernel(Chunk chunk, Head head, const std::int64_t* targets, int slices,
                          int slice, const RowStats* stats, const float* d_logp,
                          const float* d_entropy) {

@@ -223,6 +223,7 @@ T __shfl_down_sync(unsigned, T value, unsigned by) {
 }
 
 inline float __expf(float x) { return std::exp(x); }
+inline float __fdividef(float x, float y) { return x / y; }
 
 namespace airl_fast::gpu {
 
