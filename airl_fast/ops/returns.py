@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from airl_fast import _C
+from airl_fast.ops import _cuda_spans
 from airl_fast.ops.dispatch import implements, pick
 from airl_fast.ops.segments import (
     address,
@@ -109,3 +110,6 @@ def _returns_cpu(x: Tensor, cu: Tensor, gamma: float, transpose: bool) -> Tensor
     spans = cu.shape[0] - 1
     _C.discounted_scan(*address(x), cu.data_ptr(), spans, gamma, transpose, out.data_ptr())
     return out
+
+
+implements("discounted_returns", "cuda", _cuda_spans.serves_spans)(_cuda_spans.discounted_returns)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from airl_fast import _C
+from airl_fast.ops import _cuda_spans
 from airl_fast.ops.dispatch import implements, pick
 
 
@@ -314,3 +315,12 @@ def _softmax_cpu(x: Tensor, cu: Tensor) -> Tensor:
 def address(x: Tensor) -> tuple[int, int, int]:
     """Describe a vector to C++: address, stride in elements, bytes per element."""
     return x.data_ptr(), x.stride(0), x.element_size()
+
+
+# Backend "cuda": csrc/cuda/scan.cu.
+
+
+implements("segment_sum", "cuda", _cuda_spans.serves_spans)(_cuda_spans.segment_sum)
+implements("segment_mean", "cuda", _cuda_spans.serves_spans)(_cuda_spans.segment_mean)
+implements("segment_last", "cuda", _cuda_spans.serves_spans)(_cuda_spans.segment_last)
+implements("segment_softmax", "cuda", _cuda_spans.serves_spans)(_cuda_spans.segment_softmax)

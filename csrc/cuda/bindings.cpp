@@ -11,6 +11,7 @@
 #include <tuple>
 
 #include "rows.h"
+#include "spans.h"
 
 #ifndef AIRL_FAST_CUDA_ARCHS
 #define AIRL_FAST_CUDA_ARCHS ""
@@ -56,6 +57,31 @@ airl_fast::Chunk chunk_of(const Chunk& chunk) {
 
 gpu::Plan plan_of(const Plan& plan) {
   return {std::get<0>(plan), std::get<1>(plan), std::get<2>(plan)};
+}
+
+using Vector = std::tuple<std::uintptr_t, std::int64_t>;              // address, stride
+using Cuts = std::tuple<std::uintptr_t, std::int64_t, std::int64_t>;  // as gpu::Cuts
+
+// f, logp, weight (address 0: ones), is_expert, S, whether the logit subtracts logp, label
+// smoothing, temperature, whether it is the critic's ("wgan")
+using Discriminator =
+    std::tuple<Vector, Vector, Vector, Vector, std::int64_t, bool, double, double, bool>;
+
+gpu::Vector vector_of(const Vector& x) { return {at<const float>(std::get<0>(x)), std::get<1>(x)}; }
+
+gpu::Cuts cuts_of(const Cuts& cu) {
+  return {at<const std::int32_t>(std::get<0>(cu)), std::get<1>(cu), std::get<2>(cu)};
+}
+
+gpu::Spans spans_of(const Discriminator& all) {
+  const auto& [expert, stride] = std::get<3>(all);
+  return {vector_of(std::get<0>(all)),     vector_of(std::get<1>(all)),
+          vector_of(std::get<2>(all)),     at<const unsigned char>(expert),
+          stride,                          std::get<4>(all)};
+}
+
+gpu::DiscriminatorOptions options_of(const Discriminator& all) {
+  return {std::get<5>(all), std::get<8>(all), std::get<6>(all), std::get<7>(all)};
 }
 
 template <class Planner>
@@ -134,4 +160,76 @@ PYBIND11_MODULE(_cuda, m) {
       py::arg("where"), py::arg("chunk"), py::arg("head"), py::arg("targets"), py::arg("actions"),
       py::arg("options"), py::arg("logp"), py::arg("entropy"), py::arg("gradient"),
       py::arg("plan") = py::none());
+
+  m.def(
+      "segment_sum",
+      [](const Where& where, const Vector& x, const Cuts& cu, bool mean, std::uintptr_t out) {
+        gpu::select_device(std::get<0>(where));
+        gpu::segment_sum(vector_of(x), cuts_of(cu), mean, at<float>(out), stream_of(where));
+      },
+      py::arg("where"), py::arg("x"), py::arg("cu"), py::arg("mean"), py::arg("out"));
+
+  m.def(
+      "segment_last",
+      [](const Where& where, const Vector& x, const Cuts& cu, std::uintptr_t out) {
+        gpu::select_device(std::get<0>(where));
+        gpu::segment_last(vector_of(x), cuts_of(cu), at<float>(out), stream_of(where));
+      },
+      py::arg("where"), py::arg("x"), py::arg("cu"), py::arg("out"));
+
+  m.def(
+      "segment_softmax",
+      [](const Where& where, const Vector& x, const Cuts& cu, std::uintptr_t out) {
+        gpu::select_device(std::get<0>(where));
+        gpu::segment_softmax(vector_of(x), cuts_of(cu), at<float>(out), stream_of(where));
+      },
+      py::arg("where"), py::arg("x"), py::arg("cu"), py::arg("out"));
+
+  m.def(
+      "discounted_scan",
+      [](const Where& where, const Vector& x, const Cuts& cu, double gamma, bool forwards,
+         std::uintptr_t out) {
+        gpu::select_device(std::get<0>(where));
+        gpu::discounted_scan(vector_of(x), cuts_of(cu), gamma, forwards, at<float>(out),
+                             stream_of(where));
+      },
+      py::arg("where"), py::arg("x"), py::arg("cu"), py::arg("gamma"), py::arg("forwards"),
+      py::arg("out"));
+
+  m.def(
+      "score_spans",
+      [](const Where& where, const Chunk& hidden, std::uintptr_t weight, std::uintptr_t bias,
+         int rows, float gamma, const Cuts& cu, const Cuts& sequences, std::uintptr_t logp,
+         bool mean, std::uintptr_t f, std::uintptr_t reward) {
+        gpu::select_device(std::get<0>(where));
+        gpu::score_spans(
+            {chunk_of(hidden), at<const float>(weight), at<const float>(bias), rows, gamma},
+            cuts_of(cu), cuts_of(sequences), at<const float>(logp), mean, at<float>(f),
+            at<float>(reward), stream_of(where));
+      },
+      py::arg("where"), py::arg("hidden"), py::arg("weight"), py::arg("bias"), py::arg("rows"),
+      py::arg("gamma"), py::arg("cu"), py::arg("sequences"), py::arg("logp"), py::arg("mean"),
+      py::arg("f"), py::arg("reward"));
+
+  m.def("discriminator_scratch", &gpu::discriminator_scratch, py::arg("spans"));
+
+  m.def(
+      "discriminator_loss",
+      [](const Where& where, const Discriminator& all, std::uintptr_t scratch,
+         std::uintptr_t out) {
+        gpu::select_device(std::get<0>(where));
+        gpu::discriminator_loss(spans_of(all), options_of(all), at<double>(scratch),
+                                at<double>(out), stream_of(where));
+      },
+      py::arg("where"), py::arg("spans"), py::arg("scratch"), py::arg("out"));
+
+  m.def(
+      "discriminator_gradient",
+      [](const Where& where, const Discriminator& all, std::uintptr_t grad,
+         std::uintptr_t scratch, std::uintptr_t out) {
+        gpu::select_device(std::get<0>(where));
+        gpu::discriminator_gradient(spans_of(all), options_of(all), at<const double>(grad),
+                                    at<double>(scratch), at<double>(out), stream_of(where));
+      },
+      py::arg("where"), py::arg("spans"), py::arg("grad"), py::arg("scratch"), py::arg("out"));
 }

@@ -54,12 +54,11 @@ inline bool is_shaped(const Head& head) { return head.bias != nullptr || head.ou
 // either theirs, or half precision where they are float32.
 template <class Run>
 void for_each_kind(const Chunk& chunk, Element gradient, const Head& head, Run run) {
+  const auto of = [&](auto logit, auto result) {
+    is_shaped(head) ? run(logit, result, std::true_type{}) : run(logit, result, std::false_type{});
+  };
   if (gradient == chunk.element) {
-    for_each_element(gradient, [&](auto element) {
-      is_shaped(head) ? run(element, element, std::true_type{})
-                      : run(element, element, std::false_type{});
-    });
-    return;
+    return for_each_element(gradient, [&](auto element) { of(element, element); });
   }
   if (chunk.element != Element::kFloat32) {
     throw std::invalid_argument("the gradient of half-precision logits has their own dtype");
@@ -68,8 +67,7 @@ void for_each_kind(const Chunk& chunk, Element gradient, const Head& head, Run r
     throw std::invalid_argument(
         "a gradient narrower than the logits needs rows that start on multiples of 16 bytes");
   }
-  gradient == Element::kBFloat16 ? run(float{}, BFloat16{}, std::true_type{})
-                                 : run(float{}, Float16{}, std::true_type{});
+  gradient == Element::kBFloat16 ? of(float{}, BFloat16{}) : of(float{}, Float16{});
 }
 
 inline std::int64_t size_of(Element element) { return element == Element::kFloat32 ? 4 : 2; }

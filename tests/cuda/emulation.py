@@ -13,7 +13,8 @@ import torch
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
-SOURCES = [*sorted(CSRC.glob("cuda/rows*.cu")), HERE / "emulator.cpp"]
+SOURCES = [file for file in sorted(CSRC.glob("cuda/*.cu")) if file.stem != "device"]
+SOURCES.append(HERE / "emulator.cpp")
 FLAGS = [
     *("-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
     *("-ffp-contract=off", f"-I{HERE}", f"-I{CSRC}/cuda"),
@@ -23,7 +24,8 @@ FLAGS = [
 def fingerprint(*more: object) -> str:
     """A hash of every source that a build depends on."""
     digest = hashlib.sha256(repr(more).encode())
-    for file in sorted([*CSRC.glob("*.h"), *CSRC.glob("cuda/*"), *HERE.glob("*.*p*"), *HERE.glob("*.h")]):
+    ours = [HERE / "emulator.h", HERE / "emulator.cpp"]
+    for file in [*sorted(CSRC.glob("*.h")), *sorted(CSRC.glob("cuda/*.*[uhp]*")), *ours]:
         digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()[:16]
 

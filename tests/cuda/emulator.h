@@ -215,11 +215,11 @@ template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
   return emulator::exchange(value, (threadIdx.x % 32) ^ static_cast<unsigned>(mask));
 }
-// Lanes past the end keep their own value.
+// Lanes below the first keep their own value.
 template <class T>
-T __shfl_down_sync(unsigned, T value, unsigned by) {
+T __shfl_up_sync(unsigned, T value, unsigned by) {
   const unsigned lane = threadIdx.x % 32;
-  return emulator::exchange(value, lane + by < 32 ? lane + by : lane);
+  return emulator::exchange(value, lane >= by ? lane - by : lane);
 }
 
 inline float __expf(float x) { return std::exp(x); }
