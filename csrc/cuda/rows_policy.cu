@@ -24,7 +24,7 @@ __device__ float d_logp_of(float logp, std::int64_t at, const PolicyRows& action
 }
 
 template <class T, class U, bool kShaped>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads, 1)
     policy_kernel(Chunk chunk, Head head, const std::int64_t* targets, int kept_rounds,
                   PolicyRows actions, PolicyOptions options, float* logp, float* entropy) {
   const std::int64_t at = blockIdx.x / static_cast<unsigned>(cluster_size());
