@@ -43,6 +43,7 @@ class BuildExtensions(build_ext):
     """As pybind11 builds extensions, except for ``_cuda``, which nvcc compiles and links."""
 
     def build_extension(self, ext: Extension) -> None:
+        """Compile and link one extension."""
         if ext.name != "airl_fast._cuda":
             super().build_extension(ext)
             return
@@ -58,7 +59,7 @@ class BuildExtensions(build_ext):
 _CUDA = [
     Extension(
         "airl_fast._cuda",
-        sorted(glob("csrc/cuda/*.cu")) + ["csrc/cuda/bindings.cpp"],
+        [*sorted(glob("csrc/cuda/*.cu")), "csrc/cuda/bindings.cpp"],
         depends=sorted(glob("csrc/*.h") + glob("csrc/cuda/*.*h") + ["csrc/cuda/nvcc.py"]),
     )
 ]

@@ -1,5 +1,4 @@
 """CUDA kernels over raw addresses in GPU memory (csrc/cuda/): strides in elements, cu int32."""
-# ruff: noqa: N999 (the name of the extension module)
 
 architectures: str  # what they were built for, such as "80;90a"
 

@@ -53,14 +53,14 @@ def discounted_returns(x: Tensor, cu: Tensor, gamma: float, transpose: bool) -> 
     return out
 
 
-def score_spans(
+def span_scores(
     disc_hidden: Tensor,
     disc_weight: Tensor,
     disc_bias: Tensor | None,
+    logp: Tensor,
     cu_spans: Tensor,
-    logp: Tensor | None,
-    *,
     mean: bool,
+    form: str,
     shaping_gamma: float | None,
     cu_seq_spans: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
@@ -68,16 +68,19 @@ def score_spans(
 
     Args:
         disc_hidden: ``[N, F]``, not float64.
-        disc_weight, disc_bias: ``[1 | 2, F]`` and ``[1 | 2]`` or None, any floating dtype.
+        disc_weight: ``[1 | 2, F]``, any floating dtype.
+        disc_bias: ``[1 | 2]``, any floating dtype, or None.
+        logp: ``[N]`` float32, of which each span's sum (or mean) is taken off f.
         cu_spans: ``[S + 1]`` int32, non-empty spans.
-        logp: ``[N]`` float32, of which each span's sum (or mean) is taken off f; None for f.
         mean: whether it is the mean.
-        shaping_gamma, cu_seq_spans: with two rows.
+        form: "airl", or "logit": then the reward is f.
+        shaping_gamma: with two rows.
+        cu_seq_spans: with two rows, ``[B + 1]`` int32.
     """
     x = disc_hidden if disc_hidden.stride(1) == 1 else disc_hidden.contiguous()
     weight = disc_weight.float().contiguous()
     bias = None if disc_bias is None else disc_bias.float().contiguous()
-    logp = None if logp is None else logp.contiguous()
+    subtracted = logp.contiguous() if form == "airl" else None
     cu, spans = cu_spans.contiguous(), len(cu_spans) - 1
     sequences = None if cu_seq_spans is None else cu_seq_spans.contiguous()
     reward, f = _floats(x, spans), _floats(x, spans)
@@ -90,7 +93,7 @@ def score_spans(
         shaping_gamma or 0.0,
         _cuts(cu, len(x)),
         (0, 0, 0) if sequences is None else _cuts(sequences, spans),
-        address(logp),
+        address(subtracted),
         mean,
         f.data_ptr(),
         reward.data_ptr(),

@@ -20,7 +20,7 @@ ROW_STATS = 4  # float32 numbers per row that `read` leaves for `differentiate`
 
 
 class RowHead(NamedTuple):
-    """How a logit ``a`` becomes ``z``: ``outer tanh(inner (a + bias))``, or ``inner (a + bias)``."""
+    """How a logit ``a`` becomes ``z``: ``outer tanh(inner (a + bias))`` or ``inner (a + bias)``."""
 
     bias: Tensor | None  # [V] float32, contiguous
     inner: float  # s / c, or s / t without a soft-cap

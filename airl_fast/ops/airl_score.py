@@ -4,12 +4,13 @@ N actions, S spans, B sequences, V vocabulary, D and F hidden sizes of policy an
 The AIRL reward is log D - log(1 - D) = f - log pi (Fu et al. 2018, arXiv 1710.11248).
 """
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from airl_fast.ops import _cpu_head, _cuda_extension, _cuda_spans
+from airl_fast.ops import _cpu_head, _cuda_extension, _cuda_spans, _triton
 from airl_fast.ops._head import check_head, no_autocast, present
 from airl_fast.ops.dispatch import implements, pick
 from airl_fast.ops.linear_logprob import linear_logprob
@@ -327,47 +328,46 @@ def _score_composed(
     return reward, f, logp, entropy
 
 
-@implements("airl_score", "cuda", _cuda_extension.serves_head)
-def _score_cuda(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    disc_hidden: Tensor,
-    disc_weight: Tensor,
-    cu_spans: Tensor,
-    bias: Tensor | None,
-    disc_bias: Tensor | None,
-    disc_scale: Tensor,
-    disc_head: str,
-    *options: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One kernel for f and reward of a score head; the language-model head is composed."""
-    disc = disc_hidden, disc_weight, cu_spans
-    if disc_head == "lm":
-        given = (hidden, weight, targets, *disc, bias, disc_bias, disc_scale, disc_head)
-        return _score_composed(*given, *options)
-    temperature, softcap, logit_scale, span_logp, form, shaping_gamma, cu_seq_spans = options
-    logp, entropy = linear_logprob(
-        hidden,
-        weight,
-        targets,
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        return_entropy=True,
-    )
-    reward, f = _cuda_spans.score_spans(
-        disc_hidden,
-        disc_weight,
-        disc_bias,
-        cu_spans,
-        logp if form == "airl" else None,
-        mean=span_logp == "mean",
-        shaping_gamma=shaping_gamma,
-        cu_seq_spans=cu_seq_spans,
-    )
-    return reward, f, logp, entropy
+def _fused(span_scores: Callable[..., tuple[Tensor, Tensor]]) -> Any:
+    """The implementation of a backend with one kernel for f and reward of a score head."""
+
+    def implementation(
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        disc_hidden: Tensor,
+        disc_weight: Tensor,
+        cu_spans: Tensor,
+        bias: Tensor | None,
+        disc_bias: Tensor | None,
+        disc_scale: Tensor,
+        disc_head: str,
+        *options: Any,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if disc_head == "lm":
+            heads = disc_weight, cu_spans, bias, disc_bias, disc_scale, disc_head
+            return _score_composed(hidden, weight, targets, disc_hidden, *heads, *options)
+        temperature, softcap, logit_scale, span_logp, form, shaping_gamma, cu_seq_spans = options
+        logp, entropy = linear_logprob(
+            hidden,
+            weight,
+            targets,
+            bias=bias,
+            temperature=temperature,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            return_entropy=True,
+        )
+        disc = disc_hidden, disc_weight, disc_bias
+        shaping = shaping_gamma, cu_seq_spans
+        reward, f = span_scores(*disc, logp, cu_spans, span_logp == "mean", form, *shaping)
+        return reward, f, logp, entropy
+
+    return implementation
+
+
+implements("airl_score", "triton", _triton.serves_head)(_fused(_triton.span_scores))
+implements("airl_score", "cuda", _cuda_extension.serves_head)(_fused(_cuda_spans.span_scores))
 
 
 def _shaping(h: Tensor, cu_seq_spans: Tensor, gamma: float) -> Tensor:

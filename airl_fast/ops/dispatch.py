@@ -57,19 +57,24 @@ def pick(op: str, *tensors: torch.Tensor) -> Callable[..., Any]:
         RuntimeError: the forced backend does not exist for ``op`` or cannot serve the tensors.
     """
     implementations = _registry[op]
-    forced = _forced.get() or os.environ.get(_ENV) or None
-    if forced is not None:
-        reason = _reason(implementations, _checked(forced), tensors)
+    name = forced()
+    if name is not None:
+        reason = _reason(implementations, _checked(name), tensors)
         if reason is not None:
             raise RuntimeError(
-                f"{op}: backend {forced!r} was forced but cannot serve this call: {reason}; "
+                f"{op}: backend {name!r} was forced but cannot serve this call: {reason}; "
                 f"unset {_ENV} or leave airl_fast.backend() to let the library choose"
             )
-        return implementations[forced].function
+        return implementations[name].function
     for name in BACKENDS:
         if _reason(implementations, name, tensors) is None:
             return implementations[name].function
     raise RuntimeError(f"{op}: no backend serves this call")
+
+
+def forced() -> str | None:
+    """The backend that every call has to use, if one is forced."""
+    return _forced.get() or os.environ.get(_ENV) or None
 
 
 @contextmanager

@@ -4,13 +4,14 @@ N rows (actions), K of them not ignored, B sequences, D hidden size, V vocabular
 """
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from airl_fast.ops import _cpu_gradients, _cpu_head
+from airl_fast.ops import _cpu_gradients, _cpu_head, _cuda_head, _triton
 from airl_fast.ops._head import (
     NON_FINITE_LOGITS,
     ChunkedHead,
@@ -415,25 +416,33 @@ def _reference(
     return _outputs(loss, actions, logp, entropy, found, len(hidden))
 
 
-@implements("linear_policy_loss", "cpu", _cpu_head.serves)
-def _cpu(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    constants: tuple[Tensor, Tensor | None, Tensor | None],
-    cu_seqs: Tensor,
-    bias: Tensor | None,
-    head_options: tuple[float, float | None, float],
-    loss: ActionLoss,
-    aggregation: str,
-    normaliser: float,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    actions = gather_actions(targets, constants, cu_seqs, aggregation, normaliser, torch.float32)
-    logp, entropy, gradients = _cpu_gradients.policy_loss_sweep(
-        hidden, weight, bias, head_options, loss, actions, needs
-    )
-    return _outputs(loss, actions, logp, entropy, gradients, len(hidden))
+def _swept(sweep: Callable[..., tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]]) -> Any:
+    """The implementation that a backend's sweep makes: float32 actions in, the op's outputs out."""
+
+    def implementation(
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        constants: tuple[Tensor, Tensor | None, Tensor | None],
+        cu_seqs: Tensor,
+        bias: Tensor | None,
+        head_options: tuple[float, float | None, float],
+        loss: ActionLoss,
+        aggregation: str,
+        normaliser: float,
+        needs: tuple[bool, bool, bool],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        dtype = torch.float32
+        actions = gather_actions(targets, constants, cu_seqs, aggregation, normaliser, dtype)
+        logp, entropy, gradients = sweep(hidden, weight, bias, head_options, loss, actions, needs)
+        return _outputs(loss, actions, logp, entropy, gradients, len(hidden))
+
+    return implementation
+
+
+implements("linear_policy_loss", "cpu", _cpu_head.serves)(_swept(_cpu_gradients.policy_loss_sweep))
+implements("linear_policy_loss", "triton", _triton.serves_head)(_swept(_triton.policy_loss_sweep))
+implements("linear_policy_loss", "cuda", _cuda_head.serves)(_swept(_cuda_head.policy_loss_sweep))
 
 
 def _outputs(

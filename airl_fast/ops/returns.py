@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from airl_fast import _C
-from airl_fast.ops import _cuda_spans
+from airl_fast.ops import _cuda_spans, _triton
 from airl_fast.ops.dispatch import implements, pick
 from airl_fast.ops.segments import (
     address,
@@ -113,3 +113,4 @@ def _returns_cpu(x: Tensor, cu: Tensor, gamma: float, transpose: bool) -> Tensor
 
 
 implements("discounted_returns", "cuda", _cuda_spans.serves_spans)(_cuda_spans.discounted_returns)
+implements("discounted_returns", "triton", _triton.serves)(_triton.discounted_returns)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from airl_fast import _C
-from airl_fast.ops import _cuda_spans
+from airl_fast.ops import _cuda_spans, _triton
 from airl_fast.ops.dispatch import implements, pick
 
 
@@ -324,3 +324,12 @@ implements("segment_sum", "cuda", _cuda_spans.serves_spans)(_cuda_spans.segment_
 implements("segment_mean", "cuda", _cuda_spans.serves_spans)(_cuda_spans.segment_mean)
 implements("segment_last", "cuda", _cuda_spans.serves_spans)(_cuda_spans.segment_last)
 implements("segment_softmax", "cuda", _cuda_spans.serves_spans)(_cuda_spans.segment_softmax)
+
+
+# Backend "triton": kernels/segments.py.
+
+
+implements("segment_sum", "triton", _triton.serves)(_triton.segment_sum)
+implements("segment_mean", "triton", _triton.serves)(_triton.segment_mean)
+implements("segment_last", "triton", _triton.serves)(_triton.segment_last)
+implements("segment_softmax", "triton", _triton.serves)(_triton.segment_softmax)

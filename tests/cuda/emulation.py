@@ -45,8 +45,22 @@ def build(folder: Path) -> ModuleType:
     module = folder / f"_cuda-{fingerprint()}.so"
     if not module.exists():
         python = sysconfig.get_path("include")
-        command = [compiler(), "-x", "c++", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", *FLAGS]
-        command += [f"-isystem{include}", f"-isystem{python}", CSRC / "cuda" / "bindings.cpp", *SOURCES]
+        command = [
+            compiler(),
+            "-x",
+            "c++",
+            "-O1",
+            "-fPIC",
+            "-shared",
+            "-fvisibility=hidden",
+            *FLAGS,
+        ]
+        command += [
+            f"-isystem{include}",
+            f"-isystem{python}",
+            CSRC / "cuda" / "bindings.cpp",
+            *SOURCES,
+        ]
         unfinished = module.with_suffix(".part")
         subprocess.run([*command, "-o", unfinished], check=True)
         unfinished.rename(module)

@@ -66,7 +66,7 @@ def test_the_build_says_what_is_missing_and_what_is_wrong(nvcc, monkeypatch):
     monkeypatch.setenv("AIRL_FAST_CUDA", "auto")
     assert nvcc.wanted_nvcc() is None
     monkeypatch.setenv("AIRL_FAST_CUDA", "1")
-    with pytest.raises(SystemExit, match="there is no nvcc .* install the CUDA toolkit"):
+    with pytest.raises(SystemExit, match=r"there is no nvcc .* install the CUDA toolkit"):
         nvcc.wanted_nvcc()
     monkeypatch.setenv("AIRL_FAST_CUDA", "yes")
     with pytest.raises(SystemExit, match="expected 0, 1 or auto, received 'yes'"):
@@ -115,7 +115,7 @@ def test_each_refusal_has_its_reason(monkeypatch):
         _cuda_extension.place(x)
     with (
         airl_fast.backend("cuda"),
-        pytest.raises(RuntimeError, match="'cuda' was forced .*a CUDA device, not on cpu"),
+        pytest.raises(RuntimeError, match=r"'cuda' was forced .*a CUDA device, not on cpu"),
     ):
         airl_fast.segment_sum(x, torch.tensor([0, 3], dtype=torch.int32))
 

@@ -60,9 +60,9 @@ def test_what_is_not_finite_stays_in_its_span():
     x[450] = math.nan
     for forwards in (False, True):
         found = _cuda_spans.discounted_returns(x, cu, 0.9, forwards).isnan()
-        assert torch.equal(found.nonzero().flatten()[[0, -1]], torch.tensor(
-            [450, 599] if forwards else [300, 450]
-        ))
+        assert torch.equal(
+            found.nonzero().flatten()[[0, -1]], torch.tensor([450, 599] if forwards else [300, 450])
+        )
     assert _cuda_spans.segment_sum(x, cu).isnan().tolist() == [False, True, False]
     assert _cuda_spans.segment_softmax(x, cu).isnan().sum() == 300
 
@@ -84,12 +84,12 @@ def test_scores_match_the_oracle(mean, rows, width, dtype):
     mode = "mean" if mean else "sum"
     given = (states, head, targets, hidden, weight, cu)
     truth = oracle.airl_score(*given, disc_bias=bias, span_logp=mode, **shaping)
-    options = {"mean": mean, "shaping_gamma": None, "cu_seq_spans": None, **shaping}
-    logp = truth.logp.float()
-    reward, f = _cuda_spans.score_spans(hidden, weight, bias, cu, logp, **options)
+    shaped = {"shaping_gamma": None, "cu_seq_spans": None, **shaping}
+    common = truth.logp.float(), cu, mean
+    reward, f = _cuda_spans.span_scores(hidden, weight, bias, *common, "airl", **shaped)
     torch.testing.assert_close(f.double(), truth.f, rtol=1e-5, atol=2e-5)
     torch.testing.assert_close(reward.double(), truth.reward, rtol=1e-5, atol=2e-5)
-    reward, f = _cuda_spans.score_spans(hidden, weight, None, cu, None, **options)
+    reward, f = _cuda_spans.span_scores(hidden, weight, None, *common, "logit", **shaped)
     assert torch.equal(reward, f)
 
 

@@ -1,0 +1,284 @@
+"""The head on a GPU: torch's matrix products into one chunk buffer, and row kernels over it.
+
+N rows (actions), D hidden size, V vocabulary, R rows of a chunk, K rows that are not ignored.
+
+A chunk of logits ``[R, V]`` is float32 whatever the inputs: half-precision inputs are multiplied
+in their dtype and accumulated and stored in float32 (``out_dtype``). A bfloat16 chunk would halve
+the memory traffic and would do for the gradients, but rounds a logit of 10 by up to 0.03, which
+goes straight into the ratio ``exp(logp - old_logp)``. The row kernels then turn the chunk into its
+gradient in place, in the products' dtype, as plain torch has it; d hidden and d weight are
+accumulated and kept in float32: d weight is added to once per chunk, and in half precision each
+addition would round what the last one left.
+
+Extra memory at any N: ``CHUNK_BYTES`` (512 MiB unless changed) for the chunk, its hidden states
+and their gradient; where hidden and weight differ in dtype also a float32 copy of the weight.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from airl_fast.ops._cpu_head import chunks, even_limit
+from airl_fast.ops._gpu_rows import ROW_STATS, RowKernels, gradient_view, row_head
+from airl_fast.ops._head import kept_rows
+from airl_fast.ops._policy_terms import ActionLoss, Actions, pieces
+
+CHUNK_BYTES = 512 * 2**20  # tests lower it to force many chunks
+
+_ALIGNED = 64  # logits from one row to the next: a multiple, so that rows start on 16 bytes
+_HALF_ROOM = 16.0  # float16 gradients: their largest share of the loss is scaled to at least this
+
+
+class GPUHead:
+    """Logits of a chunk, and the gradients that are accumulated from its gradient.
+
+    Args:
+        hidden: ``[N, D]``.
+        kept: ``[K]`` row numbers, ascending, of the rows that count.
+        weight, bias, options: the head, as in `linear_logprob`.
+        kernels: a backend's row kernels.
+        needs: which gradients are wanted, of hidden, weight and bias.
+
+    Attributes:
+        limit: the most rows of a chunk.
+        hidden, weight, bias: the gradients, float32; empty tensors ``[0]`` where not wanted.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        kept: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        options: tuple[float, float | None, float],
+        kernels: RowKernels,
+        needs: Sequence[bool],
+    ) -> None:
+        self._states, self._kept, self._kernels = hidden, kept, kernels
+        self._dtype = hidden.dtype if hidden.dtype == weight.dtype else torch.float32
+        self._weight = weight.to(self._dtype)
+        self._head = row_head(bias, *options)
+        self._need_hidden, self._need_weight, self._need_bias = needs
+        vocab, width = weight.shape
+        self._pitch = -(-vocab // _ALIGNED) * _ALIGNED
+        self.limit = even_limit(len(kept), chunk_rows(vocab, width, self._dtype))
+        self._buffer = hidden.new_empty((self.limit, self._pitch), dtype=torch.float32)
+        new = self._buffer.new_zeros
+        self.hidden = new((len(hidden), width) if self._need_hidden else (0,))
+        self.weight = new((vocab, width) if self._need_weight else (0,))
+        self.bias = new((vocab,) if self._need_bias else (0,))
+        self._x = hidden[:0]
+        self._logits = self._buffer[:0, :vocab]
+        self._stats = self._buffer.new_empty((self.limit, ROW_STATS))
+
+    def fill(self, chunk: slice) -> None:
+        """Compute the logits of a chunk of the kept rows; they replace those of the last."""
+        x = self._states[chunk if len(self._kept) == len(self._states) else self._kept[chunk]]
+        self._x = x.to(self._dtype)
+        self._logits = self._buffer[: len(x), : len(self._weight)]
+        multiply(self._x, self._weight.t(), self._logits)
+
+    def read(self, targets: Tensor, logp: Tensor, entropy: Tensor | None) -> None:
+        """Fill ``logp [R]`` and ``entropy [R]`` of the chunk, whose statistics are kept."""
+        stats = self._stats[: len(targets)]
+        self._kernels.read(self._logits, self._head, targets, logp, entropy, stats)
+
+    def differentiate(
+        self,
+        chunk: slice,
+        targets: Tensor,
+        d_logp: Tensor | None,
+        d_entropy: Tensor | None,
+        *,
+        was_read: bool,
+    ) -> None:
+        """Accumulate the gradients of the chunk, given those ``[R]`` at its logp and entropy.
+
+        ``was_read``: by `read`, since it was filled; with ``d_entropy`` for its entropy too.
+        """
+        gradient = gradient_view(self._logits, self._dtype)
+        stats = self._stats[: len(targets)] if was_read else None
+        self._kernels.differentiate(
+            self._logits, self._head, targets, d_logp, d_entropy, stats, gradient
+        )
+        self._accumulate(chunk, gradient)
+
+    def policy(
+        self, chunk: slice, actions: Actions, loss: ActionLoss, logp: Tensor, entropy: Tensor
+    ) -> None:
+        """Fill ``logp [R]`` and ``entropy [R]`` and accumulate the policy loss's gradients."""
+        gradient = gradient_view(self._logits, self._dtype)
+        self._kernels.policy(self._logits, self._head, actions, loss, logp, entropy, gradient)
+        self._accumulate(chunk, gradient)
+
+    def half_scale(self, *coefficients: Tensor | None) -> Tensor | None:
+        """A power of two ``[]`` for the rows' coefficients, if float16 could lose them; or None.
+
+        float16 ends at 6e-8, and a coefficient is a share 1 / N of a gradient: the largest is
+        scaled to 16 to 32, which leaves room for another factor of 2,000 above it (advantages and
+        ratios), and `unscale` divides the gradients by it.
+        """
+        given = [c.abs().amax() for c in coefficients if c is not None and len(c)]
+        if self._dtype != torch.float16 or not given:
+            return None
+        exponent = torch.frexp(torch.stack(given).amax()).exponent
+        return torch.ldexp(self._buffer.new_tensor(2 * _HALF_ROOM), -exponent)
+
+    def unscale(self, scale: Tensor | None) -> None:
+        """Divide the gradients by the power of two that the coefficients were multiplied by."""
+        if scale is not None:
+            for gradient in (self.hidden, self.weight, self.bias):
+                gradient.div_(scale)
+
+    def _accumulate(self, chunk: slice, gradient: Tensor) -> None:
+        if self._need_hidden and len(self._kept) == len(self._states):
+            multiply(gradient, self._weight, self.hidden[chunk])
+        elif self._need_hidden:
+            d_hidden = self._buffer.new_empty(self._x.shape)
+            multiply(gradient, self._weight, d_hidden)
+            self.hidden.index_copy_(0, self._kept[chunk], d_hidden)
+        if self._need_weight:
+            multiply(gradient.t(), self._x, self.weight, add=chunk.start > 0)
+        if self._need_bias:
+            self.bias += gradient.sum(0, dtype=torch.float32)
+
+
+def chunk_rows(vocab: int, width: int, dtype: torch.dtype) -> int:
+    """Rows of a chunk: as many as ``CHUNK_BYTES`` holds; at least 1.
+
+    A row costs its V float32 logits (rounded up to a multiple of 64), its hidden state and that
+    one's float32 gradient. At V = 128,256 and D = 4,096 in bfloat16 that is 996 rows.
+    """
+    pitch = -(-vocab // _ALIGNED) * _ALIGNED
+    return max(1, CHUNK_BYTES // (4 * (pitch + ROW_STATS) + (dtype.itemsize + 4) * width))
+
+
+def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
+    """Write ``a b``, or add it to what is there, into a float32 ``out``, accumulated in float32.
+
+    Half-precision operands go through the tensor cores of a CUDA device (``out_dtype``, which has
+    no CPU kernel: in CPU memory, where only Triton's interpreter gets, they are converted first).
+    """
+    if a.dtype == torch.float32 or not a.is_cuda:
+        torch.addmm(out, a.float(), b.float(), beta=float(add), out=out)
+    elif add:
+        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+    else:
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
+
+
+def read_chunks(
+    hidden: Tensor,
+    kept: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    options: tuple[float, float | None, float],
+    kernels: RowKernels,
+    logp: Tensor,
+    entropy: Tensor | None,
+) -> None:
+    """Fill ``logp [K]`` and ``entropy [K]`` from ``targets [K]``: a product and a read a chunk."""
+    head = GPUHead(hidden, kept, weight, bias, options, kernels, (False, False, False))
+    for chunk in chunks(len(kept), head.limit):
+        head.fill(chunk)
+        head.read(targets[chunk], logp[chunk], None if entropy is None else entropy[chunk])
+
+
+def logprob_backward(
+    kernels: RowKernels,
+    d_logp: Tensor | None,
+    d_entropy: Tensor | None,
+    entropy: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `linear_logprob`: the logits again, and a product for each matrix."""
+    kept = kept_rows(targets, ignore_index)
+    options = temperature, softcap, logit_scale
+    head = GPUHead(hidden, kept, weight, bias, options, kernels, needs)
+    targets = targets[kept]
+    d_logp, d_entropy = (None if d is None else d[kept].float() for d in (d_logp, d_entropy))
+    scale = head.half_scale(d_logp, d_entropy)
+    if scale is not None:
+        d_logp, d_entropy = (None if d is None else d * scale for d in (d_logp, d_entropy))
+    for chunk in chunks(len(kept), head.limit):
+        head.fill(chunk)
+        parts = (None if d is None else d[chunk] for d in (d_logp, d_entropy))
+        head.differentiate(chunk, targets[chunk], *parts, was_read=False)
+    head.unscale(scale)
+    return head.hidden, head.weight, head.bias
+
+
+def policy_loss_sweep(
+    kernels: RowKernels,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    options: tuple[float, float | None, float],
+    loss: ActionLoss,
+    actions: Actions,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Logp ``[K]``, entropy ``[K]`` and gradients of `linear_policy_loss`, in one sweep.
+
+    ``needs`` asks for at least one gradient; without, `read_chunks` will do.
+    """
+    head = GPUHead(hidden, actions.rows, weight, bias, options, kernels, needs)
+    logp, entropy = torch.empty_like(actions.share), torch.empty_like(actions.share)
+    scale = head.half_scale(actions.share)
+    if scale is not None:
+        actions = actions._replace(share=actions.share * scale)
+    for piece in pieces(actions, head.limit, loss.per_sequence):
+        if loss.per_sequence:
+            _sequences(head, piece, actions, loss, logp, entropy)
+        else:
+            for chunk in piece:
+                head.fill(chunk)
+                head.policy(chunk, actions.part(chunk), loss, logp[chunk], entropy[chunk])
+    head.unscale(scale)
+    return logp, entropy, (head.hidden, head.weight, head.bias)
+
+
+def _sequences(
+    head: GPUHead,
+    piece: list[slice],
+    actions: Actions,
+    loss: ActionLoss,
+    logp: Tensor,
+    entropy: Tensor,
+) -> None:
+    """Sweep over whole sequences, whose coefficients need all of their rows.
+
+    Only a sequence longer than a chunk, which is a piece of several, has its logits computed twice.
+    """
+    for chunk in piece:
+        head.fill(chunk)
+        head.read(actions.targets[chunk], logp[chunk], entropy[chunk])
+    whole = slice(piece[0].start, piece[-1].stop)
+    d_logp = loss.terms(logp[whole], actions.part(whole)).d_logp
+    d_entropy = -loss.entropy_coef * actions.share if loss.entropy_coef else None
+    for chunk in piece:
+        if len(piece) > 1:
+            head.fill(chunk)
+        head.differentiate(
+            chunk,
+            actions.targets[chunk],
+            d_logp[chunk.start - whole.start : chunk.stop - whole.start],
+            None if d_entropy is None else d_entropy[chunk],
+            was_read=len(piece) == 1,
+        )
+
+
+def spread(values: Tensor, kept: Tensor, count: int) -> Tensor:
+    """Values ``[K]`` at the kept rows of ``[N]``, 0 elsewhere."""
+    everything = len(kept) == count
+    return values if everything else values.new_zeros(count).index_copy_(0, kept, values)

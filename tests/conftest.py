@@ -1,0 +1,12 @@
+"""Before any test module is imported: where there is no GPU, Triton's kernels are interpreted.
+
+Triton reads TRITON_INTERPRET when it is first imported, and several test modules import packages
+that import it. Nothing else is affected: in the interpreter the backend serves only when forced.
+"""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
