@@ -76,5 +76,4 @@ def policy_loss_sweep(
     logp, entropy = torch.empty_like(actions.share), torch.empty_like(actions.share)
     head = hidden, actions.rows, weight, bias, actions.targets, options
     _gpu_head.read_chunks(*head, rows(), logp, entropy)
-    nothing = logp.new_empty(0)
-    return logp, entropy, (nothing, nothing, nothing)
+    return logp, entropy, (logp.new_empty(0), logp.new_empty(0), logp.new_empty(0))
