@@ -51,8 +51,8 @@ class BuildExtensions(build_ext):
         include = (pybind11.get_include(), sysconfig.get_path("include"))
         more = [f"-isystem={folder}" for folder in include]
         more.append(f'-DAIRL_FAST_CUDA_ARCHS="{";".join(names)}"')
-        objects = nvcc.compile_all(_NVCC, names, nvcc.sources())
-        objects.append(nvcc.compiled(_NVCC, names, nvcc.HERE / "bindings.cpp", more))
+        files = [nvcc.HERE / "bindings.cpp", *nvcc.sources()]
+        objects = nvcc.compile_all(_NVCC, names, files, more)
         nvcc.link(_NVCC, objects, Path(self.get_ext_fullpath(ext.name)))
 
 

@@ -125,9 +125,13 @@ def compiled(nvcc: str, names: Sequence[str], source: Path, more: Sequence[str] 
 def compile_all(
     nvcc: str, names: Sequence[str], files: Sequence[Path], more: Sequence[str] = ()
 ) -> list[Path]:
-    """Objects of all sources, as many compiled at a time as there are processors."""
+    """Objects of all sources, as many compiled at a time as there are processors.
+
+    ``more`` are the flags of the bindings (.cpp), which no kernel needs.
+    """
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(lambda file: compiled(nvcc, names, file, more), files))
+        flags = [more if file.suffix == ".cpp" else () for file in files]
+        return list(pool.map(compiled, [nvcc] * len(files), [names] * len(files), files, flags))
 
 
 def link(nvcc: str, objects: Sequence[Path], target: Path) -> None:

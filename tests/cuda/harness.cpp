@@ -53,8 +53,8 @@ void rows(std::int64_t vocab, std::int64_t offset, std::int64_t gap, airl_fast::
 void every_shape() {
   using airl_fast::Element;
   const gpu::Plan plans[] = {{1, 64, 2048}, {4, 32, 1024}, {2, 32, 0}};
-  for (std::int64_t vocab : {1, 2, 7, 8, 9, 31, 515}) {
-    for (std::int64_t offset : {0, 1, 5}) {
+  for (std::int64_t vocab : {1, 7, 10, 31, 515}) {
+    for (std::int64_t offset : {0, 5}) {
       const auto& plan = plans[(vocab + offset) % 3];
       const bool shaped = vocab % 2 == 0;
       rows<float>(vocab, offset, 3, Element::kFloat32, Element::kFloat32, shaped, plan);

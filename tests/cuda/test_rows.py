@@ -66,7 +66,7 @@ def tolerances(dtype, magnitude):
 
 
 # One logit, less than a vector, whole ones, odd tails; every place a row can start.
-SHAPES = [(1, 0), (3, 0), (3, 1), (16, 0), (67, 5), (1031, 3), (1040, 8)]
+SHAPES = [(1, 0), (3, 1), (67, 5), (1031, 3), (1040, 8)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
