@@ -7,9 +7,9 @@ from tests.cuda import emulation
 
 
 @pytest.fixture(scope="session")
-def emulated(request):
+def emulated():
     """The extension, emulated; built once per version of its sources."""
-    return emulation.build(request.config.cache.mkdir("cuda-emulator"))
+    return emulation.build()
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 from types import ModuleType
@@ -21,9 +22,9 @@ FLAGS = [
 ]
 
 
-def fingerprint(*more: object) -> str:
-    """A hash of every source that a build depends on."""
-    digest = hashlib.sha256(repr(more).encode())
+def fingerprint() -> str:
+    """A hash of all that a build depends on."""
+    digest = hashlib.sha256(repr((sys.version, torch.__version__, FLAGS)).encode())
     ours = [HERE / "emulator.h", HERE / "emulator.cpp"]
     for file in [*sorted(CSRC.glob("*.h")), *sorted(CSRC.glob("cuda/*.*[uhp]*")), *ours]:
         digest.update(file.name.encode() + file.read_bytes())
@@ -37,11 +38,16 @@ def compiler() -> str:
     return found
 
 
-def build(folder: Path) -> ModuleType:
-    """The extension `_cuda`, its kernels emulated; addresses are those of the CPU's memory."""
+def build() -> ModuleType:
+    """The extension `_cuda`, its kernels emulated: addresses are those of the CPU's memory.
+
+    Kept in build/emulator/, one file per version of its sources.
+    """
     include = Path(torch.__file__).parent / "include"
     if not (include / "pybind11").is_dir():
         pytest.skip("this torch has no pybind11 headers to build the bindings with")
+    folder = CSRC.parent / "build" / "emulator"
+    folder.mkdir(parents=True, exist_ok=True)
     module = folder / f"_cuda-{fingerprint()}.so"
     if not module.exists():
         python = sysconfig.get_path("include")
