@@ -4,12 +4,13 @@ N actions, S spans, B sequences, V vocabulary, D and F hidden sizes of policy an
 The AIRL reward is log D - log(1 - D) = f - log pi (Fu et al. 2018, arXiv 1710.11248).
 """
 
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from airl_fast.ops import _cpu_head, _triton
+from airl_fast.ops import _cpu_head, _cuda_extension, _cuda_spans, _triton
 from airl_fast.ops._head import check_head, no_autocast, present
 from airl_fast.ops.dispatch import implements, pick
 from airl_fast.ops.linear_logprob import linear_logprob
@@ -327,48 +328,46 @@ def _score_composed(
     return reward, f, logp, entropy
 
 
-@implements("airl_score", "triton", _triton.serves_head)
-def _score_triton(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    disc_hidden: Tensor,
-    disc_weight: Tensor,
-    cu_spans: Tensor,
-    bias: Tensor | None,
-    disc_bias: Tensor | None,
-    disc_scale: Tensor,
-    disc_head: str,
-    temperature: float,
-    softcap: float | None,
-    logit_scale: float,
-    span_logp: str,
-    form: str,
-    shaping_gamma: float | None,
-    cu_seq_spans: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As composed, but that one kernel makes f and rewards of a score head."""
-    head = (temperature, softcap, logit_scale)
-    if disc_head == "lm":
-        return _score_composed(
-            hidden, weight, targets, disc_hidden, disc_weight, cu_spans, bias, disc_bias,
-            disc_scale, disc_head, *head, span_logp, form, shaping_gamma, cu_seq_spans,
-        )  # fmt: skip
-    logp, entropy = linear_logprob(
-        hidden,
-        weight,
-        targets,
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        return_entropy=True,
-    )
-    reward, f = _triton.span_scores(
-        disc_hidden, disc_weight, disc_bias, logp, cu_spans, span_logp == "mean", form,
-        shaping_gamma, cu_seq_spans,
-    )  # fmt: skip
-    return reward, f, logp, entropy
+def _fused(span_scores: Callable[..., tuple[Tensor, Tensor]]) -> Any:
+    """The implementation of a backend with one kernel for f and reward of a score head."""
+
+    def implementation(
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        disc_hidden: Tensor,
+        disc_weight: Tensor,
+        cu_spans: Tensor,
+        bias: Tensor | None,
+        disc_bias: Tensor | None,
+        disc_scale: Tensor,
+        disc_head: str,
+        *options: Any,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if disc_head == "lm":
+            heads = disc_weight, cu_spans, bias, disc_bias, disc_scale, disc_head
+            return _score_composed(hidden, weight, targets, disc_hidden, *heads, *options)
+        temperature, softcap, logit_scale, span_logp, form, shaping_gamma, cu_seq_spans = options
+        logp, entropy = linear_logprob(
+            hidden,
+            weight,
+            targets,
+            bias=bias,
+            temperature=temperature,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            return_entropy=True,
+        )
+        disc = disc_hidden, disc_weight, disc_bias
+        shaping = shaping_gamma, cu_seq_spans
+        reward, f = span_scores(*disc, logp, cu_spans, span_logp == "mean", form, *shaping)
+        return reward, f, logp, entropy
+
+    return implementation
+
+
+implements("airl_score", "triton", _triton.serves_head)(_fused(_triton.span_scores))
+implements("airl_score", "cuda", _cuda_extension.serves_head)(_fused(_cuda_spans.span_scores))
 
 
 def _shaping(h: Tensor, cu_seq_spans: Tensor, gamma: float) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from airl_fast import _C
-from airl_fast.ops import _triton
+from airl_fast.ops import _cuda_spans, _triton
 from airl_fast.ops._head import present
 from airl_fast.ops.dispatch import implements, pick
 from airl_fast.ops.segments import check_finite, check_option, check_vector, cpu_serves
@@ -302,5 +302,12 @@ def _gradient_cpu(grad: Tensor, f: Tensor, *arguments: Any) -> Tensor:
     return out
 
 
+# Backend "cuda": csrc/cuda/discriminator.cu.
+
+
+implements("discriminator_loss", "cuda", _cuda_spans.serves_spans)(_cuda_spans.discriminator_loss)
+implements("discriminator_gradient", "cuda", _cuda_spans.serves_spans)(
+    _cuda_spans.discriminator_gradient
+)
 implements("discriminator_loss", "triton", _triton.serves)(_triton.discriminator_loss)
 implements("discriminator_gradient", "triton", _triton.serves)(_triton.discriminator_gradient)

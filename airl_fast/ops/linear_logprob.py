@@ -8,7 +8,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from airl_fast.ops import _cpu_gradients, _cpu_head, _triton
+from airl_fast.ops import _cpu_gradients, _cpu_head, _cuda_head, _triton
 from airl_fast.ops._head import (
     NON_FINITE_LOGITS,
     ChunkedHead,
@@ -327,3 +327,5 @@ implements("linear_logprob", "cpu", _cpu_head.serves)(_cpu_head.logprob_forward)
 implements("linear_logprob_backward", "cpu", _cpu_head.serves)(_cpu_gradients.logprob_backward)
 implements("linear_logprob", "triton", _triton.serves_head)(_triton.logprob_forward)
 implements("linear_logprob_backward", "triton", _triton.serves_head)(_triton.logprob_backward)
+implements("linear_logprob", "cuda", _cuda_head.serves_reading)(_cuda_head.logprob_forward)
+implements("linear_logprob_backward", "cuda", _cuda_head.serves)(_cuda_head.logprob_backward)

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from airl_fast.ops import _cpu_gradients, _cpu_head, _triton
+from airl_fast.ops import _cpu_gradients, _cpu_head, _cuda_head, _triton
 from airl_fast.ops._head import (
     NON_FINITE_LOGITS,
     ChunkedHead,
@@ -443,6 +443,7 @@ def _swept(sweep: Callable[..., tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tens
 
 implements("linear_policy_loss", "cpu", _cpu_head.serves)(_swept(_cpu_gradients.policy_loss_sweep))
 implements("linear_policy_loss", "triton", _triton.serves_head)(_swept(_triton.policy_loss_sweep))
+implements("linear_policy_loss", "cuda", _cuda_head.serves)(_swept(_cuda_head.policy_loss_sweep))
 
 
 def _outputs(

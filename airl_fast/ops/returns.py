@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from airl_fast import _C
-from airl_fast.ops import _triton
+from airl_fast.ops import _cuda_spans, _triton
 from airl_fast.ops._eager import recorded
 from airl_fast.ops.dispatch import implements, pick
 from airl_fast.ops.segments import (
@@ -121,4 +121,5 @@ def _returns_cpu(x: Tensor, cu: Tensor, gamma: float, transpose: bool) -> Tensor
     return out
 
 
+implements("discounted_returns", "cuda", _cuda_spans.serves_spans)(_cuda_spans.discounted_returns)
 implements("discounted_returns", "triton", _triton.serves)(_triton.discounted_returns)

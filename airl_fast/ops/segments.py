@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from airl_fast import _C
-from airl_fast.ops import _triton
+from airl_fast.ops import _cuda_spans, _triton
 from airl_fast.ops._eager import recorded
 from airl_fast.ops.dispatch import implements, pick
 
@@ -346,6 +346,15 @@ def address(x: Tensor) -> tuple[int, int, int]:
 def cuts(cu: Tensor) -> tuple[int, int]:
     """Describe contiguous offsets to C++: address, spans."""
     return cu.data_ptr(), cu.shape[0] - 1
+
+
+# Backend "cuda": csrc/cuda/scan.cu.
+
+
+implements("segment_sum", "cuda", _cuda_spans.serves_spans)(_cuda_spans.segment_sum)
+implements("segment_mean", "cuda", _cuda_spans.serves_spans)(_cuda_spans.segment_mean)
+implements("segment_last", "cuda", _cuda_spans.serves_spans)(_cuda_spans.segment_last)
+implements("segment_softmax", "cuda", _cuda_spans.serves_spans)(_cuda_spans.segment_softmax)
 
 
 # Backend "triton": kernels/segments.py.
