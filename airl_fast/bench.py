@@ -116,7 +116,10 @@ def _report(file: Path, folder: Path | None) -> int:
         )
     _find_repository()
     suite, report = (import_module(f"benchmarks.{name}") for name in ("suite", "report"))
-    results = suite.Results.from_json(file.read_text("utf-8"))
+    try:
+        results = suite.Results.from_json(file.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"--report {file}: {error}") from error
     print(report.write(results, folder or file.parent) / "results.md")
     return 0
 

@@ -48,6 +48,7 @@ class Variant:
         backend: of airl_fast; "-" for a peer.
         context: entered around warm-up and timing, such as a forced backend.
         note: what a reader must know about the formulation.
+        tolerance: of the largest error over the largest magnitude, if not the dtype's.
         once: a call takes minutes: it is made once, without a warm-up, timed and checked.
     """
 
@@ -57,6 +58,7 @@ class Variant:
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
     note: str = ""
     once: bool = False
+    tolerance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,6 @@ class Case:
         facts: more columns for each peer, such as tokens.
         rounds: the most rounds, for calls of many seconds, which are never repeated in a sample.
         memory: whether to measure peak memory: two more calls of each variant.
-        tolerance: instead of the dtype's, largest error over the largest magnitude.
     """
 
     operator: str
@@ -115,7 +116,6 @@ class Case:
     group: str = "main"  # or "sweep": only in the plots against N and V
     rounds: int | None = None
     memory: bool = True
-    tolerance: float | None = None
 
     @property
     def key(self) -> str:

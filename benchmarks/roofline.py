@@ -37,7 +37,8 @@ def points(rows: Iterable[Row]) -> list[Point]:
             operations, moved = work
             label = f"{row.operator}, {_sizes(row)}"
             rate = operations / row.ms * 1e3
-            found.append(Point(label, row.peer == OURS, operations / moved, rate))
+            ours = row.peer == OURS and row.backend != "reference"
+            found.append(Point(label, ours, operations / moved, rate))
     return found
 
 

@@ -141,7 +141,7 @@ def _warmed(
         row.status = "unavailable" if "was forced but cannot serve" in str(error) else "failed"
         row.reason = f"{type(error).__name__}: {str(error).strip()[:300]}"
     else:
-        if _accept(case, row, outputs, expected, where):
+        if _accept(case, live, outputs, expected, where):
             del outputs
             if not variant.once:
                 live.forget()
@@ -167,9 +167,10 @@ def _note_gpu_memory(live: _Live) -> None:
 
 
 def _accept(
-    case: Case, row: Row, outputs: Outputs, expected: Mapping[str, Sampled], where: str
+    case: Case, live: _Live, outputs: Outputs, expected: Mapping[str, Sampled], where: str
 ) -> bool:
-    limit = TOLERANCE[case.dtype] if case.tolerance is None else case.tolerance
+    row, own = live.row, live.variant.tolerance
+    limit = TOLERANCE[case.dtype] if own is None else own
     for name, sampled in expected.items():
         error = sampled.error(outputs[name]) if name in outputs else math.nan
         row.error = error if row.error is None or not error <= row.error else row.error
@@ -215,7 +216,7 @@ def _time(
             result = x.sample(repeats[which])
             if turn == rounds - 1:
                 read = x.prepared.read(result)
-                _accept(case, x.row, read, expected, "the last timed output")
+                _accept(case, x, read, expected, "the last timed output")
             del result
     right = [x for x in live if x.row.status == "ok"]
     own = [x.seconds for x in right if x.row.peer == OURS]

@@ -38,8 +38,8 @@ from benchmarks.step_peers import alone_step, padded_step
 OPERATOR = "AIRL step (scoring, both updates)"
 _ROUNDS = 3
 _EVERY_ENTRY = 1 << 62
-# Of gradients through whole models in half precision: padded plain torch is off by 0.09.
-_HALF_TOLERANCE = 0.15
+# Plain torch rounds logits to half precision: its gradients are off by up to 0.4 of the largest.
+_PLAIN_TOLERANCE = 0.5
 
 
 def step_case(
@@ -52,6 +52,7 @@ def step_case(
 ) -> Case:
     """A step's share of ``prompts`` prompts, ``group`` samples and a demonstration each."""
     rows, fixed_rows = rows_a_pass(device)
+    plain = None if dtype == torch.float32 else _PLAIN_TOLERANCE
     return Case(
         operator=OPERATOR,
         shape={
@@ -69,18 +70,19 @@ def step_case(
                 "padded",
                 partial(padded_step, fixed=False),
                 note=f"to the longest of a step of {STEP_PROMPTS} prompts; {rows} rows a pass",
+                tolerance=plain,
             ),
             Variant(
                 "padded, fixed",
                 partial(padded_step, fixed=True),
                 note=f"to {MAX_PROMPT} + {MAX_COMPLETION} tokens; rows a pass: {fixed_rows}; once",
+                tolerance=plain,
                 once=True,
             ),
         ],
         facts=_facts,
         rounds=_ROUNDS,
         memory=False,
-        tolerance=None if dtype == torch.float32 else _HALF_TOLERANCE,
     )  # fmt: skip
 
 
