@@ -177,7 +177,7 @@ def test_quick_run_from_the_command_line(
     text = (tmp_path / "results.md").read_text()
     assert "QUICK RUN" in text
     plots = {p.name for p in tmp_path.glob("*.png")}
-    assert len(plots) == 2 + memory.supported()
+    assert len(plots) == 3 + memory.supported()  # against N, against V, roofline; memory
     assert all(f"]({name})" in text for name in plots)
 
 
