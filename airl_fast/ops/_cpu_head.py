@@ -54,8 +54,9 @@ def tile_columns(rows: int) -> int:
 
     A small tile is still in the cache, of which others want their part, when it is read; one of few
     columns makes the product itself slow. Two threads of an EPYC, scoring, in products in one
-    piece: at N = 256, D = 896 tiles of 2, 4, 8 and 16 MiB took 0.80, 0.70, 0.95 and 1.24; at
-    N = 512, D = 2,048 4 and 16 MiB 0.73 and 0.89; at N = 2,048, D = 576 1.71, 1.02, 1.02 and 1.00.
+    piece, columns: at N = 256, D = 896 0.80, 0.70, 0.95 and 1.24 of 585, 1,170, 2,340 and 4,681; at
+    N = 512, D = 2,048 0.73 and 0.89 of 512 and 2,048; at N = 2,048, D = 576 1.71, 1.02, 1.02 and
+    1.00 of 256, 512, 1,024 and 2,048. So fewer would do for few rows: not tried as the rule yet.
     """
     return max(2048, 2**20 // rows)
 
