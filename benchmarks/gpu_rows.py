@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from airl_fast.ops._gpu_rows import RowKernels, row_head
 from torch import Tensor
 
+from airl_fast.ops._gpu_rows import RowKernels, row_head
 from airl_fast.ops._policy_terms import ActionLoss, Actions
 from benchmarks.harness import Case, Outputs, Prepared, Sampled, UnavailableError, Variant
 from tests import oracle

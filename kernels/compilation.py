@@ -19,6 +19,9 @@ from typing import Any
 
 import torch
 import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
 from airl_fast.kernels import discriminator, linear_logprob, rows, segments
 from airl_fast.kernels.launch import (
     ROW_CONFIGS,
@@ -29,8 +32,6 @@ from airl_fast.kernels.launch import (
     options,
     shared_limit,
 )
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 ARCHITECTURES = (80, 90)
 _TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

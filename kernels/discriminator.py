@@ -7,8 +7,9 @@ definitions, but for the head's dot products (float32 sums) and the results.
 import torch
 import triton
 import triton.language as tl
-from airl_fast.kernels.launch import on_device, options
 from torch import Tensor
+
+from airl_fast.kernels.launch import on_device, options
 
 _SPANS = 1024  # spans of a program
 _SUMS = 16  # kinds of sums that a program of `sums_kernel` leaves

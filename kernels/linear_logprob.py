@@ -12,6 +12,8 @@ result depends neither on N nor on the rows beside it.
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from airl_fast.kernels._maths import rescale, shape_logits
 from airl_fast.kernels.launch import (
     DotConfig,
@@ -21,8 +23,6 @@ from airl_fast.kernels.launch import (
     on_device,
     options,
 )
-from torch import Tensor
-
 from airl_fast.ops._gpu_rows import RowHead
 
 PARTIAL_BYTES = 64 * 2**20  # of what the splits leave behind; rows beyond that take another launch

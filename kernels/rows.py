@@ -7,10 +7,10 @@ blocks that lie wholly inside the row need no mask, whatever V is.
 
 import triton
 import triton.language as tl
-from airl_fast.kernels._maths import rescale, shape_logits
-from airl_fast.kernels.launch import RowConfig, on_device, row_config
 from torch import Tensor
 
+from airl_fast.kernels._maths import rescale, shape_logits
+from airl_fast.kernels.launch import RowConfig, on_device, row_config
 from airl_fast.ops._gpu_rows import RowHead
 from airl_fast.ops._policy_terms import ActionLoss, Actions
 

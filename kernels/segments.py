@@ -8,8 +8,9 @@ reaches no other segment, and results are the same bits every time.
 import torch
 import triton
 import triton.language as tl
-from airl_fast.kernels.launch import SegmentConfig, on_device, segment_config
 from torch import Tensor
+
+from airl_fast.kernels.launch import SegmentConfig, on_device, segment_config
 
 _MODES = ("sum", "mean", "last")
 
