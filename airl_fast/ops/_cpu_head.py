@@ -50,15 +50,15 @@ def tile_shape(count: int, vocab: int, width: int) -> tuple[int, int]:
 
 
 def tile_columns(rows: int) -> int:
-    """Columns that make a tile of ``rows`` rows fast: 2,048, or 4 MiB of them if that is more.
+    """Columns that make a tile of ``rows`` rows fast: 1,024, or 1 MiB of them if that is more.
 
     A small tile is still in the cache, of which others want their part, when it is read; one of few
-    columns makes the product itself slow. Two threads of an EPYC, scoring, in products in one
-    piece, columns: at N = 256, D = 896 0.80, 0.70, 0.95 and 1.24 of 585, 1,170, 2,340 and 4,681; at
-    N = 512, D = 2,048 0.73 and 0.89 of 512 and 2,048; at N = 2,048, D = 576 1.71, 1.02, 1.02 and
-    1.00 of 256, 512, 1,024 and 2,048. So fewer would do for few rows: not tried as the rule yet.
+    columns makes the product itself slow, and with few rows the calls show. Two threads of an EPYC
+    without AVX-512, in products in one piece, for 256, 512, 1,024, 2,048 and 4,096 columns: scoring
+    at N = 2,048, D = 576 0.89, 0.85, 0.89, 0.94, 0.92; at N = 512, D = 2,048 0.84, 0.85, 0.80,
+    1.03, 1.02; at N = 256, D = 896 0.70, 0.66, 0.78, 0.77, 0.95. Loss and gradients likewise.
     """
-    return max(2048, 2**20 // rows)
+    return max(1024, 2**18 // rows)
 
 
 def even_limit(count: int, limit: int) -> int:
