@@ -19,14 +19,13 @@ import torch
 from torch import Tensor
 
 from airl_fast.ops._cpu_head import CPUHead, Rows, chunks, empty, tile_shape
+from airl_fast.ops._head import LinearHead
 
 
 def frozen_sweep(
     rows: Rows,
     targets: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    options: tuple[float, float | None, float],
+    head: LinearHead,
     coefficients: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities, entropies, and the gradient at the hidden states.
@@ -36,31 +35,29 @@ def frozen_sweep(
     Args:
         rows: the K rows that count.
         targets: ``[K]``.
-        weight: ``[V, D]``.
-        bias: ``[V]`` or None.
-        options: of the head, as in `CPUHead`.
+        head: the head.
         coefficients: ``logp [K] -> d_logp [K]``, called once.
 
     Returns:
         ``logp [K]``, ``entropy [K]`` and ``d hidden [N, D]``, float32.
     """
-    count, (vocab, width) = len(rows.kept), weight.shape
+    count, (vocab, width) = len(rows.kept), head.weight.shape
     logp, entropy, tangent = (torch.empty(count) for _ in range(3))
     sums = empty(count, width)
     limit, columns = tile_shape(count, vocab, width)
     buffer = empty(limit * columns)
     read = []
     for chunk in chunks(count, limit):
-        x, head = rows.read(chunk), CPUHead(weight, bias, *options, rows=limit)
+        x, tiles = rows.read(chunk), CPUHead(head, rows=limit)
         results = logp[chunk], entropy[chunk], tangent[chunk], sums[chunk]
         for first in range(0, vocab, columns):
             shape = len(x), min(columns, vocab - first)
             logits = buffer[: shape[0] * shape[1]].view(shape)
-            head.weigh(x, targets[chunk], first, logits, *results)
-        read.append((head, chunk))
+            tiles.weigh(x, targets[chunk], first, logits, *results)
+        read.append((tiles, chunk))
     d_logp = coefficients(logp)
-    for head, chunk in read:
-        head.settle(targets[chunk], d_logp[chunk], tangent[chunk], sums[chunk])
+    for tiles, chunk in read:
+        tiles.settle(targets[chunk], d_logp[chunk], tangent[chunk], sums[chunk])
     if rows.everything:
         return logp, entropy, sums
     return logp, entropy, sums.new_zeros(rows.hidden.shape).index_copy_(0, rows.kept, sums)

@@ -28,7 +28,7 @@ from airl_fast.ops._cpu_head import (
     tile_columns,
     tile_floats,
 )
-from airl_fast.ops._head import kept_rows
+from airl_fast.ops._head import LinearHead, kept_rows
 from airl_fast.ops._policy_terms import ActionLoss, Actions, pieces
 
 _HIDDEN = (True, False, False)  # what a frozen head asks for
@@ -79,7 +79,7 @@ class GradientSweep:
 
     Args:
         rows, targets: the K rows that count, and their targets ``[K]``.
-        weight, bias, options: the head, as in `CPUHead`.
+        head: the head.
         needs: which gradients are wanted, of hidden, weight and bias.
         whole: whether the chunks are to hold whole sequences.
 
@@ -92,21 +92,19 @@ class GradientSweep:
         self,
         rows: Rows,
         targets: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        options: tuple[float, float | None, float],
+        head: LinearHead,
         needs: Sequence[bool],
         *,
         whole: bool = False,
     ) -> None:
-        count, (vocab, width) = len(rows.kept), weight.shape
+        count, (vocab, width) = len(rows.kept), head.weight.shape
         self._rows, self._targets, self._needs = rows, targets, needs
-        self._converted = weight.dtype != torch.float32
+        self._converted = head.weight.dtype != torch.float32
         limit = chunk_rows(vocab, rows.copied, self._converted)
         home = home_rows(width, rows.copied) if needs[1] else 0
         self.home, self.limit = plan(count, home, limit, whole)
         most = min(count, max(self.home, self.limit))
-        self._head = CPUHead(weight, bias, *options, rows=most)
+        self._head = CPUHead(head, rows=most)
         self.hidden = empty(len(rows.hidden), width) if needs[0] else torch.empty(0)
         self.weight = empty(vocab, width) if needs[1] else torch.empty(0)
         self.bias = torch.zeros(vocab if needs[2] else 0)
@@ -179,26 +177,21 @@ def logprob_backward(
     d_entropy: Tensor | None,
     entropy: Tensor,
     hidden: Tensor,
-    weight: Tensor,
+    head: LinearHead,
     targets: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    logit_scale: float,
     ignore_index: int,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `linear_logprob`: the logits again, and a product for each matrix."""
     kept = kept_rows(targets, ignore_index)
-    head = weight, bias, (temperature, softcap, logit_scale)
     rows = Rows(hidden, kept)
     d_entropy = None if d_entropy is None else d_entropy[kept].float()
     if d_logp is not None:
         d_logp = d_logp[kept].float()
         if d_entropy is None and needs == _HIDDEN:
-            *_, d_hidden = frozen_sweep(rows, targets[kept], *head, lambda _: d_logp)
+            *_, d_hidden = frozen_sweep(rows, targets[kept], head, lambda _: d_logp)
             return d_hidden, torch.empty(0), torch.empty(0)
-    sweep = GradientSweep(rows, targets[kept], *head, needs)
+    sweep = GradientSweep(rows, targets[kept], head, needs)
     logp = torch.empty(len(kept))
     read_entropy = None if d_entropy is None else torch.empty(len(kept))
     for chunk in chunks(len(kept), sweep.limit, first=sweep.home):
@@ -213,9 +206,7 @@ def logprob_backward(
 
 def policy_loss_sweep(
     hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    head_options: tuple[float, float | None, float],
+    head: LinearHead,
     loss: ActionLoss,
     actions: Actions,
     needs: tuple[bool, bool, bool],
@@ -224,21 +215,14 @@ def policy_loss_sweep(
     rows = Rows(hidden, actions.rows)
     logp, entropy = torch.empty(len(actions.rows)), torch.empty(len(actions.rows))
     if not any(needs):
-        read_all(rows, actions.targets, weight, bias, head_options, logp, entropy)
+        read_all(rows, actions.targets, head, logp, entropy)
         return logp, entropy, (torch.empty(0), torch.empty(0), torch.empty(0))
     if needs == _HIDDEN and not loss.entropy_coef:
         logp, entropy, d_hidden = frozen_sweep(
-            rows,
-            actions.targets,
-            weight,
-            bias,
-            head_options,
-            lambda logp: loss.terms(logp, actions).d_logp,
+            rows, actions.targets, head, lambda logp: loss.terms(logp, actions).d_logp
         )
         return logp, entropy, (d_hidden, torch.empty(0), torch.empty(0))
-    sweep = GradientSweep(
-        rows, actions.targets, weight, bias, head_options, needs, whole=loss.per_sequence
-    )
+    sweep = GradientSweep(rows, actions.targets, head, needs, whole=loss.per_sequence)
     d_entropy = -loss.entropy_coef * actions.share if loss.entropy_coef else None
     for piece in pieces(actions, sweep.limit, loss.per_sequence, first=sweep.home):
         for chunk in piece:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from airl_fast import _C
 from airl_fast.ops import _head
-from airl_fast.ops._head import kept_rows
+from airl_fast.ops._head import LinearHead, kept_rows, slopes
 
 _HUGE_PAGES = 4 * 2**20  # bytes from which a buffer asks for huge pages (of 2 MiB)
 
@@ -81,30 +81,17 @@ def empty(*shape: int) -> Tensor:
 class CPUHead:
     """One tile of the head at a time: its logits read for log-probabilities, and differentiated.
 
-    The formulas are those of `_head.ChunkedHead`.
+    The formulas are those of `_head.LinearHead`.
 
     Args:
-        weight: ``[V, D]``.
-        bias: ``[V]`` or None.
-        temperature, softcap, logit_scale: as in `linear_logprob`.
+        head: the head.
         rows: of the largest chunk.
     """
 
-    def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor | None,
-        temperature: float,
-        softcap: float | None,
-        logit_scale: float,
-        *,
-        rows: int,
-    ) -> None:
-        self.weight = weight
-        self._bias = None if bias is None else bias.float().contiguous()
-        slope = logit_scale / temperature
-        inner, outer = (logit_scale / softcap, softcap / temperature) if softcap else (slope, 0.0)
-        self._options = (inner, outer, slope)
+    def __init__(self, head: LinearHead, *, rows: int) -> None:
+        self.weight = head.weight
+        self._bias = None if head.bias is None else head.bias.float().contiguous()
+        self._options = slopes(*head[2:])
         self._threads = torch.get_num_threads()
         self._stats = torch.empty(rows, 4, dtype=torch.float64)  # RowStats of csrc/rows.h
 
@@ -232,42 +219,31 @@ class Rows:
 def read_all(
     rows: Rows,
     targets: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    options: tuple[float, float | None, float],
+    head: LinearHead,
     logp: Tensor,
     entropy: Tensor | None,
 ) -> None:
     """Fill ``logp [K]`` and ``entropy [K]``: one matrix product and one read of its result."""
-    limit, columns = tile_shape(len(rows.kept), *weight.shape)
-    head = CPUHead(weight, bias, *options, rows=limit)
+    limit, columns = tile_shape(len(rows.kept), *head.weight.shape)
+    tiles = CPUHead(head, rows=limit)
     buffer = empty(limit * columns)
     for chunk in chunks(len(rows.kept), limit):
         x = rows.read(chunk)
         results = logp[chunk], None if entropy is None else entropy[chunk]
-        for first in range(0, len(weight), columns):
-            shape = len(x), min(columns, len(weight) - first)
+        for first in range(0, len(head.weight), columns):
+            shape = len(x), min(columns, len(head.weight) - first)
             logits = buffer[: shape[0] * shape[1]].view(shape)
-            head.read(x, targets[chunk], first, logits, *results)
+            tiles.read(x, targets[chunk], first, logits, *results)
 
 
 def logprob_forward(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    logit_scale: float,
-    ignore_index: int,
-    return_entropy: bool,
+    hidden: Tensor, head: LinearHead, targets: Tensor, ignore_index: int, return_entropy: bool
 ) -> tuple[Tensor, Tensor]:
     """`linear_logprob`: one matrix product and one read of its result."""
     kept = kept_rows(targets, ignore_index)
-    options = temperature, softcap, logit_scale
     logp = torch.empty(len(kept))
     entropy = torch.empty(len(kept)) if return_entropy else None
-    read_all(Rows(hidden, kept), targets[kept], weight, bias, options, logp, entropy)
+    read_all(Rows(hidden, kept), targets[kept], head, logp, entropy)
     return (
         _spread(logp, kept, len(hidden)),
         torch.empty(0) if entropy is None else _spread(entropy, kept, len(hidden)),

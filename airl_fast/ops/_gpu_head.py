@@ -14,20 +14,24 @@ Extra memory at any N: ``CHUNK_BYTES`` (512 MiB unless changed) for the chunk, i
 and their gradient; where hidden and weight differ in dtype also a float32 copy of the weight.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from airl_fast.ops._cpu_head import chunks, even_limit
 from airl_fast.ops._gpu_rows import ROW_STATS, RowKernels, gradient_view, row_head
-from airl_fast.ops._head import kept_rows
+from airl_fast.ops._head import LinearHead, kept_rows
 from airl_fast.ops._policy_terms import ActionLoss, Actions, pieces
 
 CHUNK_BYTES = 512 * 2**20  # tests lower it to force many chunks
 
 _ALIGNED = 64  # logits from one row to the next: a multiple, so that rows start on 16 bytes
 _HALF_ROOM = 16.0  # float16 gradients: their largest share of the loss is scaled to at least this
+
+Gradients = tuple[Tensor, Tensor, Tensor]  # at hidden, weight and bias; `[0]` where not wanted
+# Fills logp [K] and entropy [K] of the kept rows: hidden, kept, head, targets [K], logp, entropy.
+Reader = Callable[[Tensor, Tensor, LinearHead, Tensor, Tensor, Tensor | None], None]
 
 
 class GPUHead:
@@ -36,7 +40,7 @@ class GPUHead:
     Args:
         hidden: ``[N, D]``.
         kept: ``[K]`` row numbers, ascending, of the rows that count.
-        weight, bias, options: the head, as in `linear_logprob`.
+        head: the head.
         kernels: a backend's row kernels.
         needs: which gradients are wanted, of hidden, weight and bias.
 
@@ -49,18 +53,16 @@ class GPUHead:
         self,
         hidden: Tensor,
         kept: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        options: tuple[float, float | None, float],
+        head: LinearHead,
         kernels: RowKernels,
         needs: Sequence[bool],
     ) -> None:
         self._states, self._kept, self._kernels = hidden, kept, kernels
-        self._dtype = hidden.dtype if hidden.dtype == weight.dtype else torch.float32
-        self._weight = weight.to(self._dtype)
-        self._head = row_head(bias, *options)
+        self._dtype = hidden.dtype if hidden.dtype == head.weight.dtype else torch.float32
+        self._weight = head.weight.to(self._dtype)
+        self._head = row_head(*head[1:])
         self._need_hidden, self._need_weight, self._need_bias = needs
-        vocab, width = weight.shape
+        vocab, width = head.weight.shape
         self._pitch = -(-vocab // _ALIGNED) * _ALIGNED
         self.limit = even_limit(len(kept), chunk_rows(vocab, width, self._dtype))
         self._buffer = hidden.new_empty((self.limit, self._pitch), dtype=torch.float32)
@@ -171,85 +173,116 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
 def read_chunks(
     hidden: Tensor,
     kept: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    head: LinearHead,
     targets: Tensor,
-    options: tuple[float, float | None, float],
-    kernels: RowKernels,
     logp: Tensor,
     entropy: Tensor | None,
+    kernels: RowKernels,
 ) -> None:
     """Fill ``logp [K]`` and ``entropy [K]`` from ``targets [K]``: a product and a read a chunk."""
-    head = GPUHead(hidden, kept, weight, bias, options, kernels, (False, False, False))
-    for chunk in chunks(len(kept), head.limit):
-        head.fill(chunk)
-        head.read(targets[chunk], logp[chunk], None if entropy is None else entropy[chunk])
+    sweep = GPUHead(hidden, kept, head, kernels, (False, False, False))
+    for chunk in chunks(len(kept), sweep.limit):
+        sweep.fill(chunk)
+        sweep.read(targets[chunk], logp[chunk], None if entropy is None else entropy[chunk])
 
 
-def logprob_backward(
-    kernels: RowKernels,
-    d_logp: Tensor | None,
-    d_entropy: Tensor | None,
-    entropy: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    logit_scale: float,
-    ignore_index: int,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `linear_logprob`: the logits again, and a product for each matrix."""
-    kept = kept_rows(targets, ignore_index)
-    options = temperature, softcap, logit_scale
-    head = GPUHead(hidden, kept, weight, bias, options, kernels, needs)
-    targets = targets[kept]
-    d_logp, d_entropy = (None if d is None else d[kept].float() for d in (d_logp, d_entropy))
-    scale = head.half_scale(d_logp, d_entropy)
-    if scale is not None:
-        d_logp, d_entropy = (None if d is None else d * scale for d in (d_logp, d_entropy))
-    for chunk in chunks(len(kept), head.limit):
-        head.fill(chunk)
-        parts = (None if d is None else d[chunk] for d in (d_logp, d_entropy))
-        head.differentiate(chunk, targets[chunk], *parts, was_read=False)
-    head.unscale(scale)
-    return head.hidden, head.weight, head.bias
+class HeadOperators:
+    """The operators over the head, as a GPU backend implements them.
 
-
-def policy_loss_sweep(
-    kernels: RowKernels,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    options: tuple[float, float | None, float],
-    loss: ActionLoss,
-    actions: Actions,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """Logp ``[K]``, entropy ``[K]`` and gradients of `linear_policy_loss`, in one sweep.
-
-    ``needs`` asks for at least one gradient; without, `read_chunks` will do.
+    Args:
+        rows: gives the row kernels; called when the first call is served.
+        read: as `read_chunks` with those kernels, which it is by default.
     """
-    head = GPUHead(hidden, actions.rows, weight, bias, options, kernels, needs)
-    logp, entropy = torch.empty_like(actions.share), torch.empty_like(actions.share)
-    scale = head.half_scale(actions.share)
-    if scale is not None:
-        actions = actions._replace(share=actions.share * scale)
-    for piece in pieces(actions, head.limit, loss.per_sequence):
-        if loss.per_sequence:
-            _sequences(head, piece, actions, loss, logp, entropy)
-        else:
-            for chunk in piece:
-                head.fill(chunk)
-                head.policy(chunk, actions.part(chunk), loss, logp[chunk], entropy[chunk])
-    head.unscale(scale)
-    return logp, entropy, (head.hidden, head.weight, head.bias)
+
+    def __init__(self, rows: Callable[[], RowKernels], read: Reader | None = None) -> None:
+        self._rows = rows
+        self._read = read or self._read_chunks
+
+    def logprob_forward(
+        self,
+        hidden: Tensor,
+        head: LinearHead,
+        targets: Tensor,
+        ignore_index: int,
+        return_entropy: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """`linear_logprob`: logp ``[N]`` and entropy ``[N]``, or ``[0]`` if not asked for."""
+        kept = kept_rows(targets, ignore_index)
+        logp = hidden.new_empty(len(kept), dtype=torch.float32)
+        entropy = torch.empty_like(logp) if return_entropy else None
+        self._read(hidden, kept, head, targets[kept], logp, entropy)
+        return (
+            _spread(logp, kept, len(hidden)),
+            logp.new_empty(0) if entropy is None else _spread(entropy, kept, len(hidden)),
+        )
+
+    def logprob_backward(
+        self,
+        d_logp: Tensor | None,
+        d_entropy: Tensor | None,
+        entropy: Tensor,
+        hidden: Tensor,
+        head: LinearHead,
+        targets: Tensor,
+        ignore_index: int,
+        needs: tuple[bool, bool, bool],
+    ) -> Gradients:
+        """Gradients of `linear_logprob`: the logits again, and a product for each matrix."""
+        kept = kept_rows(targets, ignore_index)
+        sweep = GPUHead(hidden, kept, head, self._rows(), needs)
+        targets = targets[kept]
+        d_logp, d_entropy = (None if d is None else d[kept].float() for d in (d_logp, d_entropy))
+        scale = sweep.half_scale(d_logp, d_entropy)
+        if scale is not None:
+            d_logp, d_entropy = (None if d is None else d * scale for d in (d_logp, d_entropy))
+        for chunk in chunks(len(kept), sweep.limit):
+            sweep.fill(chunk)
+            parts = (None if d is None else d[chunk] for d in (d_logp, d_entropy))
+            sweep.differentiate(chunk, targets[chunk], *parts, was_read=False)
+        sweep.unscale(scale)
+        return sweep.hidden, sweep.weight, sweep.bias
+
+    def policy_loss_sweep(
+        self,
+        hidden: Tensor,
+        head: LinearHead,
+        loss: ActionLoss,
+        actions: Actions,
+        needs: tuple[bool, bool, bool],
+    ) -> tuple[Tensor, Tensor, Gradients]:
+        """Logp ``[K]``, entropy ``[K]`` and gradients of `linear_policy_loss`, in one sweep."""
+        logp, entropy = torch.empty_like(actions.share), torch.empty_like(actions.share)
+        if not any(needs):
+            self._read(hidden, actions.rows, head, actions.targets, logp, entropy)
+            return logp, entropy, (logp.new_empty(0), logp.new_empty(0), logp.new_empty(0))
+        sweep = GPUHead(hidden, actions.rows, head, self._rows(), needs)
+        scale = sweep.half_scale(actions.share)
+        if scale is not None:
+            actions = actions._replace(share=actions.share * scale)
+        for piece in pieces(actions, sweep.limit, loss.per_sequence):
+            if loss.per_sequence:
+                _sequences(sweep, piece, actions, loss, logp, entropy)
+            else:
+                for chunk in piece:
+                    sweep.fill(chunk)
+                    sweep.policy(chunk, actions.part(chunk), loss, logp[chunk], entropy[chunk])
+        sweep.unscale(scale)
+        return logp, entropy, (sweep.hidden, sweep.weight, sweep.bias)
+
+    def _read_chunks(
+        self,
+        hidden: Tensor,
+        kept: Tensor,
+        head: LinearHead,
+        targets: Tensor,
+        logp: Tensor,
+        entropy: Tensor | None,
+    ) -> None:
+        read_chunks(hidden, kept, head, targets, logp, entropy, self._rows())
 
 
 def _sequences(
-    head: GPUHead,
+    sweep: GPUHead,
     piece: list[slice],
     actions: Actions,
     loss: ActionLoss,
@@ -261,15 +294,15 @@ def _sequences(
     Only a sequence longer than a chunk, which is a piece of several, has its logits computed twice.
     """
     for chunk in piece:
-        head.fill(chunk)
-        head.read(actions.targets[chunk], logp[chunk], entropy[chunk])
+        sweep.fill(chunk)
+        sweep.read(actions.targets[chunk], logp[chunk], entropy[chunk])
     whole = slice(piece[0].start, piece[-1].stop)
     d_logp = loss.terms(logp[whole], actions.part(whole)).d_logp
     d_entropy = -loss.entropy_coef * actions.share if loss.entropy_coef else None
     for chunk in piece:
         if len(piece) > 1:
-            head.fill(chunk)
-        head.differentiate(
+            sweep.fill(chunk)
+        sweep.differentiate(
             chunk,
             actions.targets[chunk],
             d_logp[chunk.start - whole.start : chunk.stop - whole.start],
@@ -278,7 +311,7 @@ def _sequences(
         )
 
 
-def spread(values: Tensor, kept: Tensor, count: int) -> Tensor:
+def _spread(values: Tensor, kept: Tensor, count: int) -> Tensor:
     """Values ``[K]`` at the kept rows of ``[N]``, 0 elsewhere."""
     everything = len(kept) == count
     return values if everything else values.new_zeros(count).index_copy_(0, kept, values)

@@ -1,7 +1,7 @@
 """What a GPU backend's row kernels do, so that `_gpu_head` can sweep over chunks with any of them.
 
 R rows of a chunk, V vocabulary. A chunk holds the logits ``a = hidden W^T`` of R rows. With
-``s = logit_scale``, ``c = softcap`` and ``t = temperature``, as in `_head.ChunkedHead`,
+``s = logit_scale``, ``c = softcap`` and ``t = temperature``, as in `_head.LinearHead`,
 
     z = (c / t) tanh(s (a + bias) / c)    or (s / t) (a + bias),    log p = log_softmax(z)
 
@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from airl_fast.ops._head import slopes
 from airl_fast.ops._policy_terms import ActionLoss, Actions
 
 ROW_STATS = 4  # float32 numbers per row that `read` leaves for `differentiate`
@@ -103,9 +104,8 @@ def row_head(
     bias: Tensor | None, temperature: float, softcap: float | None, logit_scale: float
 ) -> RowHead:
     """Describe a head to the row kernels; ``bias [V]`` of any floating dtype, or None."""
-    slope = logit_scale / temperature
-    inner, outer = (logit_scale / softcap, softcap / temperature) if softcap else (slope, 0.0)
-    return RowHead(None if bias is None else bias.float().contiguous(), inner, outer, slope)
+    numbers = slopes(temperature, softcap, logit_scale)
+    return RowHead(None if bias is None else bias.float().contiguous(), *numbers)
 
 
 def gradient_view(logits: Tensor, dtype: torch.dtype) -> Tensor:

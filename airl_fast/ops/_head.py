@@ -8,6 +8,7 @@ two buffers ``[R, V]`` for all of them (three to differentiate a soft-capped hea
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,34 @@ from torch import Tensor
 CHUNK_BYTES = 128 * 2**20  # of one logits buffer; tests lower it to force many chunks
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+class LinearHead(NamedTuple):
+    """A linear head and its options: what makes log-probabilities of hidden states.
+
+    With ``s = logit_scale``, ``c = softcap`` and ``t = temperature``,
+
+        a = hidden W^T + bias,   z = c tanh(s a / c) (or s a),   log p = log_softmax(z / t)
+    """
+
+    weight: Tensor  # [V, D]
+    bias: Tensor | None = None  # [V]
+    temperature: float = 1.0
+    softcap: float | None = None
+    logit_scale: float = 1.0
+
+
+def slopes(
+    temperature: float, softcap: float | None, logit_scale: float
+) -> tuple[float, float, float]:
+    """The numbers ``inner``, ``outer`` and ``slope`` with which kernels compute z / t.
+
+    It is ``outer tanh(inner a)``, or ``inner a`` where outer is 0; slope is its derivative at 0.
+    """
+    slope = logit_scale / temperature
+    if softcap is None:
+        return slope, 0.0, slope
+    return logit_scale / softcap, softcap / temperature, slope
 
 
 def chunk_rows(vocab: int, itemsize: int = 4) -> int:
@@ -51,20 +80,13 @@ def no_autocast(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, enabled=False)
 
 
-def check_head(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    logit_scale: float,
-) -> None:
+def check_head(hidden: Tensor, head: LinearHead, targets: Tensor) -> None:
     """Check everything about the head's arguments that needs no look at their values.
 
     Raises:
         ValueError: a wrong shape, dtype, device or option; a sharded weight.
     """
+    weight, bias, temperature, softcap, logit_scale = head
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if tensor is not None:
             _check_float(name, tensor)
@@ -177,17 +199,13 @@ def _shape(tensor: Tensor) -> tuple[int, ...]:
 class ChunkedHead:
     """The head's log-probabilities and their gradient, one chunk of rows at a time.
 
-    With ``s = logit_scale``, ``c = softcap`` and ``t = temperature``,
-
-        a = hidden W^T + bias,   z = c tanh(s a / c) (or s a),   log p = log_softmax(z / t)
+    The formulas are those of `LinearHead`.
 
     Memory: the buffers named at the top of this file, and, when the weight is not in the compute
     dtype, one converted copy of it per call. Results live in the buffers until the next call.
 
     Args:
-        weight: ``[V, D]``.
-        bias: ``[V]`` or None.
-        temperature, softcap, logit_scale: as above.
+        head: the head.
         dtype: of logits and accumulators.
         rows: the most rows of a chunk.
         differentiate: whether `logit_gradient` will be called.
@@ -195,23 +213,19 @@ class ChunkedHead:
 
     def __init__(
         self,
-        weight: Tensor,
-        bias: Tensor | None,
-        temperature: float,
-        softcap: float | None,
-        logit_scale: float,
+        head: LinearHead,
         *,
         dtype: torch.dtype,
         rows: int,
         differentiate: bool,
     ) -> None:
-        self.weight = weight.to(dtype)
-        self.bias = None if bias is None else bias.to(dtype)
-        self.temperature, self.softcap, self.logit_scale = temperature, softcap, logit_scale
-        shape = (rows, weight.shape[0])
+        self.weight = head.weight.to(dtype)
+        self.bias = None if head.bias is None else head.bias.to(dtype)
+        self.temperature, self.softcap, self.logit_scale = head[2:]
+        shape = (rows, len(self.weight))
         self._scratch = self.weight.new_empty(shape)
         self._log_probs = self.weight.new_empty(shape)
-        capped = differentiate and softcap is not None
+        capped = differentiate and self.softcap is not None
         self._slope = self.weight.new_empty(shape) if capped else None
 
     def log_probs(self, x: Tensor) -> Tensor:

@@ -39,6 +39,9 @@ class Actions(NamedTuple):
         )
 
 
+Constants = tuple[Tensor, Tensor | None, Tensor | None]  # advantages, old_logp, ref_logp: [N]
+
+
 class Terms(NamedTuple):
     """What the loss says about actions, given their logp; ``[R]`` each."""
 
@@ -95,7 +98,7 @@ class ActionLoss:
 
 def gather_actions(
     targets: Tensor,
-    constants: tuple[Tensor, Tensor | None, Tensor | None],
+    constants: Constants,
     cu_seqs: Tensor,
     aggregation: str,
     normaliser: float,
@@ -120,6 +123,28 @@ def gather_actions(
         old_logp=None if old_logp is None else old_logp[rows].to(dtype),
         ref_logp=None if ref_logp is None else ref_logp[rows].to(dtype),
         share=share,
+    )
+
+
+def op_outputs(
+    loss: ActionLoss,
+    actions: Actions,
+    logp: Tensor,
+    entropy: Tensor,
+    gradients: tuple[Tensor, Tensor, Tensor],
+    rows: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What the op returns, from logp ``[K]`` and entropy ``[K]`` of all actions."""
+    terms = loss.terms(logp, actions)
+    total = (actions.share * (terms.loss - loss.entropy_coef * entropy)).sum()
+    means = [terms.ratio, terms.clipped, terms.kl_old, terms.kl_ref, entropy]
+    zeros = total.new_zeros(rows)
+    return (
+        total,
+        *gradients,
+        torch.stack([x.mean() for x in means]),
+        zeros.index_copy(0, actions.rows, logp),
+        zeros.index_copy(0, actions.rows, entropy),
     )
 
 

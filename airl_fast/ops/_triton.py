@@ -14,8 +14,7 @@ from torch import Tensor
 from airl_fast.kernels.launch import interpreted
 from airl_fast.ops import _gpu_head, dispatch
 from airl_fast.ops._gpu_rows import RowKernels, row_head
-from airl_fast.ops._head import kept_rows
-from airl_fast.ops._policy_terms import ActionLoss, Actions
+from airl_fast.ops._head import LinearHead
 
 _LEAST_CAPABILITY = (8, 0)
 _HALF = (torch.bfloat16, torch.float16)
@@ -64,10 +63,8 @@ def rows() -> RowKernels:
 def _read(
     hidden: Tensor,
     kept: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    head: LinearHead,
     targets: Tensor,
-    options: tuple[float, float | None, float],
     logp: Tensor,
     entropy: Tensor | None,
 ) -> None:
@@ -76,61 +73,17 @@ def _read(
     Half-precision heads go through the fused kernel, which keeps no logits. Float32 products have
     no tensor cores to feed: there torch's product and a read of the chunk are taken.
     """
-    if hidden.dtype != weight.dtype or hidden.dtype not in _HALF:
-        _gpu_head.read_chunks(hidden, kept, weight, bias, targets, options, rows(), logp, entropy)
+    if hidden.dtype != head.weight.dtype or hidden.dtype not in _HALF:
+        _gpu_head.read_chunks(hidden, kept, head, targets, logp, entropy, rows())
         return
     from airl_fast.kernels.linear_logprob import read_head
 
     index = None if len(kept) == len(hidden) else kept
-    hidden, weight = (x if x.stride(1) == 1 else x.contiguous() for x in (hidden, weight))
-    read_head(hidden, weight, targets, row_head(bias, *options), index, logp, entropy)
+    pair = (x if x.stride(1) == 1 else x.contiguous() for x in (hidden, head.weight))
+    read_head(*pair, targets, row_head(*head[1:]), index, logp, entropy)
 
 
-def logprob_forward(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    logit_scale: float,
-    ignore_index: int,
-    return_entropy: bool,
-) -> tuple[Tensor, Tensor]:
-    """`linear_logprob`: logp ``[N]`` and entropy ``[N]``, or ``[0]`` if not asked for."""
-    kept = kept_rows(targets, ignore_index)
-    logp = hidden.new_empty(len(kept), dtype=torch.float32)
-    entropy = torch.empty_like(logp) if return_entropy else None
-    options = temperature, softcap, logit_scale
-    _read(hidden, kept, weight, bias, targets[kept], options, logp, entropy)
-    return (
-        _gpu_head.spread(logp, kept, len(hidden)),
-        logp.new_empty(0) if entropy is None else _gpu_head.spread(entropy, kept, len(hidden)),
-    )
-
-
-def logprob_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `linear_logprob`; arguments and results of `_gpu_head.logprob_backward`."""
-    return _gpu_head.logprob_backward(rows(), *arguments)
-
-
-def policy_loss_sweep(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    options: tuple[float, float | None, float],
-    loss: ActionLoss,
-    actions: Actions,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """Logp ``[K]``, entropy ``[K]`` and gradients of `linear_policy_loss`, in one sweep."""
-    if any(needs):
-        return _gpu_head.policy_loss_sweep(
-            rows(), hidden, weight, bias, options, loss, actions, needs
-        )
-    logp, entropy = torch.empty_like(actions.share), torch.empty_like(actions.share)
-    _read(hidden, actions.rows, weight, bias, actions.targets, options, logp, entropy)
-    return logp, entropy, (logp.new_empty(0), logp.new_empty(0), logp.new_empty(0))
+HEAD = _gpu_head.HeadOperators(rows, _read)
 
 
 def segment_sum(x: Tensor, cu: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from airl_fast.ops import _cpu_head, _cuda_extension, _cuda_spans, _triton
-from airl_fast.ops._head import check_head, no_autocast, present
+from airl_fast.ops._head import LinearHead, check_head, no_autocast, present
 from airl_fast.ops.dispatch import implements, pick
 from airl_fast.ops.linear_logprob import linear_logprob
 from airl_fast.ops.segments import (
@@ -33,6 +33,24 @@ class AIRLScore(NamedTuple):
     f: Tensor  # [S] the discriminator's energy, free of the policy
     logp: Tensor  # [N] log pi of each action, in nats
     entropy: Tensor  # [N] of the policy at each action, in nats
+
+
+class SpanHead(NamedTuple):
+    """The discriminator: what gives f of a span, and how a reward is made of it."""
+
+    hidden: Tensor  # [N, F]
+    weight: Tensor  # [1 | 2 | V, F]
+    bias: Tensor | None  # [1 | 2], one number for "lm"
+    scale: Tensor  # [1], for "lm"
+    kind: str  # "score" or "lm"
+    cu_spans: Tensor  # [S + 1]
+    mean: bool  # over a span, where it is not the sum
+    form: str  # "airl" or "logit"
+    shaping_gamma: float | None  # with two rows
+    cu_seq_spans: Tensor | None  # [B + 1], with two rows
+
+
+_Scores = tuple[Tensor, Tensor, Tensor, Tensor]  # reward [S], f [S], logp [N], entropy [N]
 
 
 def airl_score(
@@ -99,7 +117,7 @@ def airl_score(
     check_option(_OP, "disc_head", disc_head, ("score", "lm"))
     check_option(_OP, "span_logp", span_logp, ("sum", "mean"))
     check_option(_OP, "form", form, ("airl", "logit"))
-    check_head(hidden, weight, targets, bias, temperature, softcap, logit_scale)
+    check_head(hidden, LinearHead(weight, bias, temperature, softcap, logit_scale), targets)
     check_offset_tensor(_OP, "cu_spans", cu_spans, hidden)
     _check_discriminator(weight, targets, disc_hidden, disc_weight, disc_head, disc_scale)
     _check_shaping(disc_weight, disc_head, shaping_gamma, cu_seq_spans, cu_spans)
@@ -233,26 +251,21 @@ def _score(
             "only actions are scored, so leave ignored rows out"
         )
     serving = pick("airl_score", *present(hidden, weight, disc_hidden, disc_weight, bias))
+    head = LinearHead(weight, bias, temperature, softcap, logit_scale)
+    disc = SpanHead(
+        hidden=disc_hidden,
+        weight=disc_weight,
+        bias=disc_bias,
+        scale=disc_scale,
+        kind=disc_head,
+        cu_spans=cu_spans,
+        mean=span_logp == "mean",
+        form=form,
+        shaping_gamma=shaping_gamma,
+        cu_seq_spans=cu_seq_spans,
+    )
     with no_autocast(hidden.device):
-        reward, f, logp, entropy = serving(
-            hidden,
-            weight,
-            targets,
-            disc_hidden,
-            disc_weight,
-            cu_spans,
-            bias,
-            disc_bias,
-            disc_scale,
-            disc_head,
-            temperature,
-            softcap,
-            logit_scale,
-            span_logp,
-            form,
-            shaping_gamma,
-            cu_seq_spans,
-        )
+        reward, f, logp, entropy = serving(hidden, head, targets, disc)
     check_finite(_OP, "f (from disc_hidden and disc_weight)", f)
     return reward, f, logp, entropy
 
@@ -275,56 +288,26 @@ def _(
 
 @implements("airl_score", "cpu", _cpu_head.serves)
 @implements("airl_score", "reference")
-def _score_composed(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    disc_hidden: Tensor,
-    disc_weight: Tensor,
-    cu_spans: Tensor,
-    bias: Tensor | None,
-    disc_bias: Tensor | None,
-    disc_scale: Tensor,
-    disc_head: str,
-    temperature: float,
-    softcap: float | None,
-    logit_scale: float,
-    span_logp: str,
-    form: str,
-    shaping_gamma: float | None,
-    cu_seq_spans: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _score_composed(hidden: Tensor, head: LinearHead, targets: Tensor, disc: SpanHead) -> _Scores:
     """Compose the other operators; each takes the best backend, or the one that is forced."""
-    reduce = {"sum": segment_sum, "mean": segment_mean}[span_logp]
-    logp, entropy = linear_logprob(
-        hidden,
-        weight,
-        targets,
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        return_entropy=True,
-    )
-    if disc_head == "lm":
-        log_q = linear_logprob(
-            disc_hidden,
-            disc_weight,
-            targets,
-            bias=bias,
-            softcap=softcap,
-            logit_scale=logit_scale,
+    reduce = segment_mean if disc.mean else segment_sum
+    logp, entropy = _policy(hidden, head, targets)
+    if disc.kind == "lm":
+        q = head._replace(weight=disc.weight, temperature=1.0)
+        per_action = disc.scale.float() * linear_logprob(
+            disc.hidden, targets=targets, **q._asdict()
         )
-        per_action = disc_scale.float() * log_q
-        f = reduce(per_action if disc_bias is None else per_action + disc_bias.float(), cu_spans)
+        if disc.bias is not None:
+            per_action = per_action + disc.bias.float()
+        f = reduce(per_action, disc.cu_spans)
     else:
-        at_last_action = disc_hidden[cu_spans[1:].long() - 1].float()
-        rows = at_last_action @ disc_weight.float().T  # [S, 1 | 2]
-        rows = rows if disc_bias is None else rows + disc_bias.float()
+        at_last_action = disc.hidden[disc.cu_spans[1:].long() - 1].float()
+        rows = at_last_action @ disc.weight.float().T  # [S, 1 | 2]
+        rows = rows if disc.bias is None else rows + disc.bias.float()
         f = rows[:, 0].clone()
-        if shaping_gamma is not None and cu_seq_spans is not None:
-            f += _shaping(rows[:, 1], cu_seq_spans.long(), shaping_gamma)
-    reward = f - reduce(logp, cu_spans) if form == "airl" else f.clone()
+        if disc.shaping_gamma is not None and disc.cu_seq_spans is not None:
+            f += _shaping(rows[:, 1], disc.cu_seq_spans.long(), disc.shaping_gamma)
+    reward = f - reduce(logp, disc.cu_spans) if disc.form == "airl" else f.clone()
     return reward, f, logp, entropy
 
 
@@ -332,35 +315,15 @@ def _fused(span_scores: Callable[..., tuple[Tensor, Tensor]]) -> Any:
     """The implementation of a backend with one kernel for f and reward of a score head."""
 
     def implementation(
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        disc_hidden: Tensor,
-        disc_weight: Tensor,
-        cu_spans: Tensor,
-        bias: Tensor | None,
-        disc_bias: Tensor | None,
-        disc_scale: Tensor,
-        disc_head: str,
-        *options: Any,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        if disc_head == "lm":
-            heads = disc_weight, cu_spans, bias, disc_bias, disc_scale, disc_head
-            return _score_composed(hidden, weight, targets, disc_hidden, *heads, *options)
-        temperature, softcap, logit_scale, span_logp, form, shaping_gamma, cu_seq_spans = options
-        logp, entropy = linear_logprob(
-            hidden,
-            weight,
-            targets,
-            bias=bias,
-            temperature=temperature,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            return_entropy=True,
+        hidden: Tensor, head: LinearHead, targets: Tensor, disc: SpanHead
+    ) -> _Scores:
+        if disc.kind == "lm":
+            return _score_composed(hidden, head, targets, disc)
+        logp, entropy = _policy(hidden, head, targets)
+        reward, f = span_scores(
+            *(disc.hidden, disc.weight, disc.bias, logp, disc.cu_spans),
+            *(disc.mean, disc.form, disc.shaping_gamma, disc.cu_seq_spans),
         )
-        disc = disc_hidden, disc_weight, disc_bias
-        shaping = shaping_gamma, cu_seq_spans
-        reward, f = span_scores(*disc, logp, cu_spans, span_logp == "mean", form, *shaping)
         return reward, f, logp, entropy
 
     return implementation
@@ -368,6 +331,10 @@ def _fused(span_scores: Callable[..., tuple[Tensor, Tensor]]) -> Any:
 
 implements("airl_score", "triton", _triton.serves_head)(_fused(_triton.span_scores))
 implements("airl_score", "cuda", _cuda_extension.serves_head)(_fused(_cuda_spans.span_scores))
+
+
+def _policy(hidden: Tensor, head: LinearHead, targets: Tensor) -> tuple[Tensor, Tensor]:
+    return linear_logprob(hidden, targets=targets, **head._asdict(), return_entropy=True)
 
 
 def _shaping(h: Tensor, cu_seq_spans: Tensor, gamma: float) -> Tensor:

@@ -13,6 +13,7 @@ from airl_fast.ops._head import (
     NON_FINITE_LOGITS,
     ChunkedHead,
     HeadGradients,
+    LinearHead,
     check_finite,
     check_head,
     check_targets,
@@ -106,7 +107,7 @@ def linear_logprob(
         ValueError: a wrong shape, dtype, device or option; a sharded weight; a target out of
             range; a result that is not finite.
     """
-    check_head(hidden, weight, targets, bias, temperature, softcap, logit_scale)
+    check_head(hidden, LinearHead(weight, bias, temperature, softcap, logit_scale), targets)
     logp, entropy = torch.ops.airl_fast.linear_logprob(
         hidden,
         weight,
@@ -136,18 +137,9 @@ def _linear_logprob(
     """Logp [N] and entropy [N] ([0] unless asked for), in the compute dtype."""
     check_targets(targets, len(weight), ignore_index)
     forward = pick("linear_logprob", *present(hidden, weight, bias))
+    head = LinearHead(weight, bias, temperature, softcap, logit_scale)
     with no_autocast(hidden.device):
-        logp, entropy = forward(
-            hidden,
-            weight,
-            targets,
-            bias,
-            temperature,
-            softcap,
-            logit_scale,
-            ignore_index,
-            return_entropy,
-        )
+        logp, entropy = forward(hidden, head, targets, ignore_index, return_entropy)
     for name, result in (("logp", logp), ("entropy", entropy)):
         check_finite(name, result, NON_FINITE_LOGITS)
     return logp, entropy
@@ -181,21 +173,10 @@ def _linear_logprob_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """D hidden, d weight and d bias in the dtypes of the inputs; [0] where not needed."""
     backward = pick("linear_logprob_backward", *present(hidden, weight, bias))
+    head = LinearHead(weight, bias, temperature, softcap, logit_scale)
+    needs = need_hidden, need_weight, need_bias
     with no_autocast(hidden.device):
-        gradients = backward(
-            d_logp,
-            d_entropy,
-            entropy,
-            hidden,
-            weight,
-            targets,
-            bias,
-            temperature,
-            softcap,
-            logit_scale,
-            ignore_index,
-            (need_hidden, need_weight, need_bias),
-        )
+        gradients = backward(d_logp, d_entropy, entropy, hidden, head, targets, ignore_index, needs)
     d_hidden, d_weight, d_bias = gradients
     return (
         d_hidden.to(hidden.dtype),
@@ -254,37 +235,20 @@ _linear_logprob.register_autograd(_backward, setup_context=_setup_context)
 
 @implements("linear_logprob", "reference")
 def _reference_forward(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    logit_scale: float,
-    ignore_index: int,
-    return_entropy: bool,
+    hidden: Tensor, head: LinearHead, targets: Tensor, ignore_index: int, return_entropy: bool
 ) -> tuple[Tensor, Tensor]:
-    dtype = compute_dtype(hidden, weight, bias)
+    dtype = compute_dtype(hidden, head.weight, head.bias)
     rows = kept_rows(targets, ignore_index)
-    limit = max(1, min(chunk_rows(len(weight), dtype.itemsize), len(rows)))
-    head = ChunkedHead(
-        weight,
-        bias,
-        temperature,
-        softcap,
-        logit_scale,
-        dtype=dtype,
-        rows=limit,
-        differentiate=False,
-    )
+    limit = max(1, min(chunk_rows(len(head.weight), dtype.itemsize), len(rows)))
+    chunks = ChunkedHead(head, dtype=dtype, rows=limit, differentiate=False)
     logp = hidden.new_zeros(len(hidden), dtype=dtype)
     entropy = hidden.new_zeros(len(hidden) if return_entropy else 0, dtype=dtype)
     for chunk in rows.split(limit):
-        log_probs = head.log_probs(hidden[chunk].to(dtype))
+        log_probs = chunks.log_probs(hidden[chunk].to(dtype))
         taken = log_probs.gather(1, targets[chunk, None]).squeeze(1)
         logp.index_copy_(0, chunk, taken)
         if return_entropy:
-            entropy.index_copy_(0, chunk, head.entropy(log_probs))
+            entropy.index_copy_(0, chunk, chunks.entropy(log_probs))
     return logp, entropy
 
 
@@ -294,26 +258,20 @@ def _reference_backward(
     d_entropy: Tensor | None,
     entropy: Tensor,
     hidden: Tensor,
-    weight: Tensor,
+    head: LinearHead,
     targets: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    logit_scale: float,
     ignore_index: int,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = compute_dtype(hidden, weight, bias)
+    dtype = compute_dtype(hidden, head.weight, head.bias)
     rows = kept_rows(targets, ignore_index)
-    limit = max(1, min(chunk_rows(len(weight), dtype.itemsize), len(rows)))
-    head = ChunkedHead(
-        weight, bias, temperature, softcap, logit_scale, dtype=dtype, rows=limit, differentiate=True
-    )
-    gradients = HeadGradients(head, hidden, needs)
+    limit = max(1, min(chunk_rows(len(head.weight), dtype.itemsize), len(rows)))
+    chunks = ChunkedHead(head, dtype=dtype, rows=limit, differentiate=True)
+    gradients = HeadGradients(chunks, hidden, needs)
     for chunk in rows.split(limit):
         x = hidden[chunk].to(dtype)
-        d_logits = head.logit_gradient(
-            head.log_probs(x),
+        d_logits = chunks.logit_gradient(
+            chunks.log_probs(x),
             targets[chunk],
             None if d_logp is None else d_logp[chunk],
             None if d_entropy is None else d_entropy[chunk],
@@ -325,7 +283,7 @@ def _reference_backward(
 
 implements("linear_logprob", "cpu", _cpu_head.serves)(_cpu_head.logprob_forward)
 implements("linear_logprob_backward", "cpu", _cpu_head.serves)(_cpu_gradients.logprob_backward)
-implements("linear_logprob", "triton", _triton.serves_head)(_triton.logprob_forward)
-implements("linear_logprob_backward", "triton", _triton.serves_head)(_triton.logprob_backward)
-implements("linear_logprob", "cuda", _cuda_head.serves_reading)(_cuda_head.logprob_forward)
-implements("linear_logprob_backward", "cuda", _cuda_head.serves)(_cuda_head.logprob_backward)
+implements("linear_logprob", "triton", _triton.serves_head)(_triton.HEAD.logprob_forward)
+implements("linear_logprob_backward", "triton", _triton.serves_head)(_triton.HEAD.logprob_backward)
+implements("linear_logprob", "cuda", _cuda_head.serves_reading)(_cuda_head.HEAD.logprob_forward)
+implements("linear_logprob_backward", "cuda", _cuda_head.serves)(_cuda_head.HEAD.logprob_backward)

@@ -3,7 +3,6 @@
 N rows (actions), K of them not ignored, B sequences, D hidden size, V vocabulary.
 """
 
-import math
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
@@ -16,9 +15,9 @@ from airl_fast.ops._head import (
     NON_FINITE_LOGITS,
     ChunkedHead,
     HeadGradients,
+    LinearHead,
     check_finite,
     check_head,
-    check_positive,
     check_rows,
     check_targets,
     chunk_rows,
@@ -26,11 +25,13 @@ from airl_fast.ops._head import (
     no_autocast,
     present,
 )
+from airl_fast.ops._policy_checks import check_modes, check_options
 from airl_fast.ops._policy_terms import (
     IGNORE_INDEX,
     ActionLoss,
-    Actions,
+    Constants,
     gather_actions,
+    op_outputs,
     pieces,
 )
 from airl_fast.ops.dispatch import implements, pick
@@ -143,13 +144,13 @@ def linear_policy_loss(
         ValueError: a wrong shape, dtype, device, option or combination of them; a sharded weight;
             a target out of range; wrong offsets; an input or result that is not finite.
     """
-    check_head(hidden, weight, targets, bias, temperature, softcap, logit_scale)
+    check_head(hidden, LinearHead(weight, bias, temperature, softcap, logit_scale), targets)
     constants = {"advantages": advantages, "old_logp": old_logp, "ref_logp": ref_logp}
     for name, tensor in constants.items():
         _check_constant(name, tensor, hidden)
     _check_offsets_tensor(cu_seqs, hidden)
-    _check_options(clip_low, clip_high, delta, beta, entropy_coef, ref_logp)
-    _check_modes(importance, aggregation, normaliser)
+    check_options(clip_low, clip_high, delta, beta, entropy_coef, ref_logp)
+    check_modes(importance, aggregation, normaliser)
     differentiate = torch.is_grad_enabled()
     outputs = torch.ops.airl_fast.linear_policy_loss(
         hidden,
@@ -199,43 +200,6 @@ def _check_offsets_tensor(cu_seqs: Tensor, hidden: Tensor) -> None:
         )
 
 
-def _check_options(
-    clip_low: float,
-    clip_high: float,
-    delta: float | None,
-    beta: float,
-    entropy_coef: float,
-    ref_logp: Tensor | None,
-) -> None:
-    for name, clip in (("clip_low", clip_low), ("clip_high", clip_high)):
-        if not clip >= 0:
-            raise ValueError(f"{name}: expected a number of at least 0, received {clip}")
-    if delta is not None:
-        check_positive("delta", delta, "use None for no bound")
-    if not (beta >= 0 and math.isfinite(beta)):
-        raise ValueError(f"beta: expected a finite number, at least 0, received {beta}")
-    if not math.isfinite(entropy_coef):
-        raise ValueError(f"entropy_coef: expected a finite number, received {entropy_coef}")
-    if beta != 0 and ref_logp is None:
-        raise ValueError(f"beta = {beta} needs ref_logp: pass the reference's log-probs, or beta=0")
-
-
-def _check_modes(importance: str, aggregation: str, normaliser: float | None) -> None:
-    if importance not in ("token", "sequence"):
-        raise ValueError(f'importance: expected "token" or "sequence", received {importance!r}')
-    if aggregation not in ("token", "sequence", "constant"):
-        raise ValueError(
-            f'aggregation: expected "token", "sequence" or "constant", received {aggregation!r}'
-        )
-    if (normaliser is not None) != (aggregation == "constant"):
-        raise ValueError(
-            f"aggregation={aggregation!r} with normaliser={normaliser}: pass a normaliser with "
-            'aggregation="constant", and only with it'
-        )
-    if normaliser is not None:
-        check_positive("normaliser", normaliser)
-
-
 _DIFFERENTIABLE = {"hidden": 0, "weight": 1, "bias": 7}  # positions among the op's inputs
 
 
@@ -280,12 +244,10 @@ def _linear_policy_loss(
     with no_autocast(hidden.device):
         outputs = pick("linear_policy_loss", *present(hidden, weight, bias))(
             hidden,
-            weight,
+            LinearHead(weight, bias, temperature, softcap, logit_scale),
             targets,
             (advantages, old_logp, ref_logp),
             cu_seqs,
-            bias,
-            (temperature, softcap, logit_scale),
             loss,
             aggregation,
             normaliser,
@@ -369,33 +331,29 @@ def _check_offsets(cu_seqs: Tensor, rows: int) -> None:
 @implements("linear_policy_loss", "reference")
 def _reference(
     hidden: Tensor,
-    weight: Tensor,
+    head: LinearHead,
     targets: Tensor,
-    constants: tuple[Tensor, Tensor | None, Tensor | None],
+    constants: Constants,
     cu_seqs: Tensor,
-    bias: Tensor | None,
-    head_options: tuple[float, float | None, float],
     loss: ActionLoss,
     aggregation: str,
     normaliser: float,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtype = compute_dtype(hidden, weight, bias)
+    dtype = compute_dtype(hidden, head.weight, head.bias)
     actions = gather_actions(targets, constants, cu_seqs, aggregation, normaliser, dtype)
-    limit = max(1, min(chunk_rows(len(weight), dtype.itemsize), len(actions.rows)))
-    head = ChunkedHead(
-        weight, bias, *head_options, dtype=dtype, rows=limit, differentiate=any(needs)
-    )
-    gradients = HeadGradients(head, hidden, needs)
+    limit = max(1, min(chunk_rows(len(head.weight), dtype.itemsize), len(actions.rows)))
+    chunks = ChunkedHead(head, dtype=dtype, rows=limit, differentiate=any(needs))
+    gradients = HeadGradients(chunks, hidden, needs)
     logp, entropy = torch.zeros_like(actions.share), torch.zeros_like(actions.share)
     d_entropy = -loss.entropy_coef * actions.share if loss.entropy_coef else None
 
     for piece in pieces(actions, limit, loss.per_sequence):
         for chunk in piece:
             x = hidden[actions.rows[chunk]].to(dtype)
-            log_probs = head.log_probs(x)
+            log_probs = chunks.log_probs(x)
             logp[chunk] = log_probs.gather(1, actions.targets[chunk, None]).squeeze(1)
-            entropy[chunk] = head.entropy(log_probs)
+            entropy[chunk] = chunks.entropy(log_probs)
         if not any(needs):
             continue
         whole = slice(piece[0].start, piece[-1].stop)
@@ -403,8 +361,8 @@ def _reference(
         for chunk in piece:
             if len(piece) > 1:  # the buffers hold the piece's last chunk only
                 x = hidden[actions.rows[chunk]].to(dtype)
-                log_probs = head.log_probs(x)
-            d_logits = head.logit_gradient(
+                log_probs = chunks.log_probs(x)
+            d_logits = chunks.logit_gradient(
                 log_probs,
                 actions.targets[chunk],
                 d_logp[chunk.start - whole.start : chunk.stop - whole.start],
@@ -414,7 +372,7 @@ def _reference(
             gradients.add(actions.rows[chunk], x, d_logits)
 
     found = gradients.hidden, gradients.weight, gradients.bias
-    return _outputs(loss, actions, logp, entropy, found, len(hidden))
+    return op_outputs(loss, actions, logp, entropy, found, len(hidden))
 
 
 def _swept(sweep: Callable[..., tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]]) -> Any:
@@ -422,12 +380,10 @@ def _swept(sweep: Callable[..., tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tens
 
     def implementation(
         hidden: Tensor,
-        weight: Tensor,
+        head: LinearHead,
         targets: Tensor,
-        constants: tuple[Tensor, Tensor | None, Tensor | None],
+        constants: Constants,
         cu_seqs: Tensor,
-        bias: Tensor | None,
-        head_options: tuple[float, float | None, float],
         loss: ActionLoss,
         aggregation: str,
         normaliser: float,
@@ -435,34 +391,15 @@ def _swept(sweep: Callable[..., tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tens
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         dtype = torch.float32
         actions = gather_actions(targets, constants, cu_seqs, aggregation, normaliser, dtype)
-        logp, entropy, gradients = sweep(hidden, weight, bias, head_options, loss, actions, needs)
-        return _outputs(loss, actions, logp, entropy, gradients, len(hidden))
+        logp, entropy, gradients = sweep(hidden, head, loss, actions, needs)
+        return op_outputs(loss, actions, logp, entropy, gradients, len(hidden))
 
     return implementation
 
 
-implements("linear_policy_loss", "cpu", _cpu_head.serves)(_swept(_cpu_gradients.policy_loss_sweep))
-implements("linear_policy_loss", "triton", _triton.serves_head)(_swept(_triton.policy_loss_sweep))
-implements("linear_policy_loss", "cuda", _cuda_head.serves)(_swept(_cuda_head.policy_loss_sweep))
-
-
-def _outputs(
-    loss: ActionLoss,
-    actions: Actions,
-    logp: Tensor,
-    entropy: Tensor,
-    gradients: tuple[Tensor, Tensor, Tensor],
-    rows: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What the op returns, from logp ``[K]`` and entropy ``[K]`` of all actions."""
-    terms = loss.terms(logp, actions)
-    total = (actions.share * (terms.loss - loss.entropy_coef * entropy)).sum()
-    means = [terms.ratio, terms.clipped, terms.kl_old, terms.kl_ref, entropy]
-    zeros = total.new_zeros(rows)
-    return (
-        total,
-        *gradients,
-        torch.stack([x.mean() for x in means]),
-        zeros.index_copy(0, actions.rows, logp),
-        zeros.index_copy(0, actions.rows, entropy),
-    )
+for _backend, _serves, _sweep in (
+    ("cpu", _cpu_head.serves, _cpu_gradients.policy_loss_sweep),
+    ("triton", _triton.serves_head, _triton.HEAD.policy_loss_sweep),
+    ("cuda", _cuda_head.serves, _cuda_head.HEAD.policy_loss_sweep),
+):
+    implements("linear_policy_loss", _backend, _serves)(_swept(_sweep))

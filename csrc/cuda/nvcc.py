@@ -145,16 +145,25 @@ def kernels(log: str) -> list[Kernel]:
     """The kernels in what ptxas said."""
     found = []
     for part in log.split("Compiling entry function ")[1:]:
-        name, architecture = re.match(r"'(.+?)' for '(.+?)'", part).groups()  # type: ignore[union-attr]
-        stack, stores, loads = map(
-            int,
-            re.search(  # type: ignore[union-attr]
-                r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part
-            ).groups(),
-        )
-        registers = int(re.search(r"Used (\d+) registers", part).group(1))  # type: ignore[union-attr]
+        name, architecture = _ptxas(r"'(.+?)' for '(.+?)'", part)
+        stack, stores, loads = map(int, _ptxas(_STACK, part))
+        (registers,) = map(int, _ptxas(r"Used (\d+) registers", part))
         found.append(Kernel(readable(name), architecture, registers, stores + loads, stack))
     return sorted(found, key=lambda kernel: (kernel.name, kernel.architecture))
+
+
+_STACK = r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+
+
+def _ptxas(pattern: str, text: str) -> tuple[str, ...]:
+    """The groups of a pattern in what ptxas said of a kernel."""
+    match = re.search(pattern, text)
+    if match is None:
+        raise RuntimeError(
+            f"ptxas: expected {pattern!r} in what it says of a kernel, received\n{text}\n"
+            "this release words it in another way: change the pattern in csrc/cuda/nvcc.py"
+        )
+    return match.groups()
 
 
 def readable(name: str) -> str:
