@@ -35,6 +35,7 @@ from benchmarks.runner import run_case
 
 _ROOT = Path(__file__).resolve().parent.parent
 _BUDGET = 1024  # tokens of a micro-batch of the steps
+_SIZES = (64, 96, 128, 192, 256, 384, 512, 768, 1024)  # enough for an exponent with its interval
 _SCORED = ModelShape(vocab=16384, hidden=384, inner=1024, layers=6, heads=6, kv_heads=2)
 _TRAINED = ModelShape(vocab=8192, hidden=256, inner=704, layers=4, heads=4, kv_heads=2)
 
@@ -66,12 +67,12 @@ def sweeps(quick: bool) -> list[Sweep]:
     """All sweeps; tiny ones where ``quick``."""
     model, trained = (TINY, TINY) if quick else (_SCORED, _TRAINED)
     n, v, width = (32, 256, 32) if quick else (256, 32768, 512)
-    ns = (16, 32, 48, 64) if quick else (64, 128, 256, 512, 1024)
-    vs = (128, 256, 384, 512) if quick else (8192, 16384, 32768, 65536, 131072)
+    ns = (16, 32, 48, 64) if quick else _SIZES
+    vs = (128, 256, 384, 512) if quick else tuple(128 * n for n in _SIZES)
     prompt, completion = (6, 5) if quick else (138, 124)
-    groups = (1, 2, 3, 4) if quick else (1, 2, 4, 8, 16)
-    lengths = (8, 12, 16, 24) if quick else (128, 256, 512, 1024, 2048)
-    total = 48 if quick else 2048
+    groups = (1, 2, 3, 4) if quick else (1, 2, 3, 4, 6, 8, 12, 16)
+    total = 48 if quick else 3072
+    lengths = (8, 12, 16, 24) if quick else (96, 128, 192, 256, 384, 512, 768, 1024, 1536, 3072)
     made = []
     for operator, name in (
         (heads.LOGPROB, "linear_logprob"),
@@ -100,7 +101,7 @@ def sweeps(quick: bool) -> list[Sweep]:
               scored(lambda x: random_traces(model.vocab, x, 1, prompt, completion)), "1"),
         Sweep("step against sequences", "sequences",
               f"{_words(trained)}, micro-batches of {_BUDGET:,} tokens",
-              (4, 8, 12, 16) if quick else (4, 8, 16, 32, 64),
+              (4, 8, 12, 16) if quick else (4, 8, 12, 16, 24, 32, 48, 64),
               lambda x: _step(trained, x, prompt // 2, completion // 2), "1"),
     ]  # fmt: skip
     return made
