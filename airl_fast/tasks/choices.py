@@ -19,7 +19,7 @@ _LETTER = re.compile(
 )
 _SECOND = re.compile(r"[\s*_\"'$]*(?:,|or|and|/|&)\s*[*_\"'$]*(?:\(\s*[A-J]\s*\)|[A-J]\b)")
 _TAGS = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_PHRASE = re.compile(r"\banswer(?:\s+is)?\s*(?::|(?<=is))\s*(.*)", re.IGNORECASE)
+_PHRASE = re.compile(r"\banswer(?:\s+is)?\s*(?::|(?<=is))\s*(?=(.*))", re.IGNORECASE)
 _NEXT_QUESTION = re.compile(r"(?:^|\n)[ \t]*Question:")
 
 

@@ -113,7 +113,7 @@ def hub_rows(name: str, subset: str | None = None) -> dict[str, list[Row]]:
     except Exception as error:  # the hub client raises many unrelated kinds
         raise ValueError(
             f"task.path={name!r} is not on this disk and could not be loaded from the hub "
-            f"({type(error).__name__}: {error}); give local files of JSON lines"
+            f"({type(error).__name__}: {error}); give a folder of JSON lines"
         ) from error
     return {
         split: [
