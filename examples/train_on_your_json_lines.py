@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from airl_fast import RewardScorer
 from airl_fast.config import (
@@ -73,6 +74,7 @@ def write_tiny_model(folder: Path) -> None:
 
 def main(folder: Path) -> tuple[float, float]:
     """Train in ``folder`` and return f of a right and of a wrong completion."""
+    logging.disable_progress_bar()
     folder.mkdir(parents=True, exist_ok=True)
     write_rows(folder / "traces.jsonl", count=300)
     write_tiny_model(folder / "model")
