@@ -143,10 +143,7 @@ def _best_of_n(traces: Sequence[JudgedTrace], names: list[str], seed: int) -> di
     correct = [np.array([float(traces[i].correct) for i in members]) for members in several]
     answers = [[traces[i].answer for i in members] for members in several]
 
-    def per_prompt(of_one: Callable[[int], Array]) -> Array:
-        return np.stack([of_one(p) for p in range(len(several))])  # [P, K]
-
-    curves = {"random": per_prompt(lambda p: np.full(len(ks), correct[p].mean()))}
+    curves = {"random": np.repeat([[one.mean()] for one in correct], len(ks), axis=1)}  # [P, K]
     voted = {"majority": [np.ones(len(members)) for members in several]}
     try:
         labels, prompts = _columns(traces)
@@ -155,17 +152,17 @@ def _best_of_n(traces: Sequence[JudgedTrace], names: list[str], seed: int) -> di
     except (ValueError, _Skipped):
         pass  # a calibration needs both kinds in every fold; the section on it says so
     for name, weights in voted.items():
-        curves[name] = per_prompt(
-            lambda p, w=weights: _vote_curve(answers[p], correct[p], w[p], ks, seed + p)
-        )
+        votes = [
+            _vote_curve(answers[p], correct[p], weights[p], ks, seed + p)
+            for p in range(len(several))
+        ]
+        curves[name] = np.stack(votes)
     for name in names:
         value = _score(traces, name)
-        curves[name] = per_prompt(
-            lambda p, v=value: best_of_n([correct[p]], [v[several[p]]], ks)[0]
-        )
-    curves["oracle"] = per_prompt(
-        lambda p: np.array([pass_at_k(len(several[p]), int(correct[p].sum()), k) for k in ks])
-    )
+        picks = [best_of_n([correct[p]], [value[several[p]]], ks)[0] for p in range(len(several))]
+        curves[name] = np.stack(picks)
+    hits = [[pass_at_k(one.size, int(one.sum()), k) for k in ks] for one in correct]
+    curves["oracle"] = np.array(hits, np.float64)
     last = curves[REWARD][:, -1]
     others = [name for name in curves if name not in (REWARD, "oracle")]
     return {

@@ -85,10 +85,10 @@ def correlation(
     score: ArrayLike, length: ArrayLike, prompt: ArrayLike, seed: int, n: int = 1000
 ) -> Measured:
     """Pearson correlation of score and length, NaN where one of them does not vary."""
-    columns, index = _columns(prompt, score, length)
+    (scores, lengths), index = _columns(prompt, score, length)
     return resampled(
-        _correlation(*columns, np.ones(columns[0].size)),
-        lambda weight: _correlation(*columns, weight[index]),
+        _correlation(scores, lengths, np.ones(scores.size)),
+        lambda weight: _correlation(scores, lengths, weight[index]),
         int(index.max()) + 1,
         seed,
         n,

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from airl_fast.evaluation import Array
 from airl_fast.evaluation_calibration import prompt_folds
@@ -103,7 +103,7 @@ def cross_validated_first_error(
     prompt: ArrayLike,
     seed: int,
     folds: int = 5,
-) -> Array:
+) -> NDArray[np.int64]:
     """The predicted first error of every trace, [P], by a threshold chosen on other prompts.
 
     Raises:
@@ -113,9 +113,9 @@ def cross_validated_first_error(
     fold = prompt_folds(prompt, seed, folds)
     predicted = np.zeros(labels.size, np.int64)
     for k in range(int(fold.max()) + 1):
-        rest = np.flatnonzero(fold != k)
+        rest = np.flatnonzero(fold != k).tolist()
         threshold = best_threshold([step_scores[i] for i in rest], labels[rest])
-        for i in np.flatnonzero(fold == k):
+        for i in np.flatnonzero(fold == k).tolist():
             predicted[i] = first_below(step_scores[i], threshold)
     return predicted
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from airl_fast.batches import Shuffled
 from airl_fast.building import create_discriminator, load_policy
@@ -290,6 +291,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--token-budget", type=int, default=4096, help="default: %(default)s")
     add("--threads", type=int, help="CPU threads (default: torch's own)")
     options = parser.parse_args(argv)
+    logging.disable_progress_bar()
     if options.threads:
         torch.set_num_threads(options.threads)
     try:

@@ -27,6 +27,8 @@ from studies.mmlu_pro_data import EXPERT, MODELS, Asked
 _SEED = 0
 _BASE = ("log pi (sum)", "log pi (mean)")
 _READ = ("f (sum)", "f (mean)")
+_PICKS = ("random", "majority", "always the expert", "oracle")
+_KINDS = ("right", "wrong")
 
 
 def analyse(
@@ -82,7 +84,7 @@ def _measure(score: Array, correct: Array) -> dict[str, Any]:
     is_expert = expert.ravel() == 1
     within = {model: _interval(score[:, m], correct[:, m]) for m, model in enumerate(MODELS)}
     means = _mean_auc(score, correct)
-    kinds = {name: labels == kind for name, kind in (("right", 1), ("wrong", 0))}
+    kinds = {"right": labels == 1, "wrong": labels == 0}
     return {
         "auc_within_model": within,
         "auc_within_model_mean": means,
@@ -175,8 +177,8 @@ def _plain(found: Any) -> dict[str, float]:
 
 
 def _page(metrics: dict[str, Any]) -> str:
-    facts, base = metrics["facts"], metrics["baselines"]
-    lines = [
+    facts = metrics["facts"]
+    head = [
         f"Trained on {facts['train_questions']} questions ({facts['train_tokens']} tokens, "
         f"{facts['updates']} updates), measured on {facts['test_questions']} of the other half "
         f"({facts['test_tokens']} tokens). Left out on the way:",
@@ -185,76 +187,82 @@ def _page(metrics: dict[str, Any]) -> str:
         "",
         "Brackets: 95% bootstrap over questions, the mean of the bounds where there are several "
         "seeds; ±: standard deviation over seeds.",
-        "",
-        "## Accuracy of the models on these questions",
-        "",
-        *_table(
-            ["answer", "accuracy"],
-            [[name, _cell([value])] for name, value in base["accuracy"].items()],
-        ),
-        "",
-        "## Right against wrong within each model: AUC",
-        "",
-        *_table(
-            ["score", *MODELS, "mean"],
-            [
-                [
-                    name,
-                    *(_cell([one["auc_within_model"][model] for one in found]) for model in MODELS),
-                    _cell([one["auc_within_model_mean"] for one in found]),
-                ]
-                for name, found in metrics["scores"].items()
-            ],
-        ),
-        "",
-        "## Picking one of the four answers to a question",
-        "",
+    ]
+    sections = {
+        "Accuracy of the models on these questions": _accuracy_table(metrics),
+        "Right against wrong within each model: AUC": _within_table(metrics),
+        "Picking one of the four answers to a question": _picks_table(metrics),
+        "f less log pi, picks of all seeds averaged, paired by question": _paired_table(metrics),
+        "Style against correctness: AUC": _style_table(metrics),
+    }
+    for title, body in sections.items():
+        head += ["", f"## {title}", "", *body]
+    return "\n".join(head) + "\n"
+
+
+def _accuracy_table(metrics: dict[str, Any]) -> list[str]:
+    accuracy = metrics["baselines"]["accuracy"]
+    return _table(["answer", "accuracy"], [[m, _cell([value])] for m, value in accuracy.items()])
+
+
+def _within_table(metrics: dict[str, Any]) -> list[str]:
+    rows = [
+        [
+            name,
+            *(_cell([one["auc_within_model"][model] for one in found]) for model in MODELS),
+            _cell([one["auc_within_model_mean"] for one in found]),
+        ]
+        for name, found in metrics["scores"].items()
+    ]
+    return _table(["score", *MODELS, "mean"], rows)
+
+
+def _picks_table(metrics: dict[str, Any]) -> list[str]:
+    base = {name: _cell([metrics["baselines"][name]]) for name in _PICKS}
+    return [
         "'By model': scores in standard deviations of their model, so that who wrote an answer "
         "tells nothing.",
         "",
         *_table(
             ["pick", "accuracy", "by model", "picks the expert"],
             [
-                *([name, _cell([base[name]]), "", ""] for name in ("random", "majority")),
-                ["always the expert", _cell([base["always the expert"]]), "", "1.000"],
+                ["random", base["random"], "", ""],
+                ["majority", base["majority"], "", ""],
+                ["always the expert", base["always the expert"], "", "1.000"],
                 *_rows(metrics, "picked", "picked_by_model", "picks_the_expert"),
-                ["oracle", _cell([base["oracle"]]), "", ""],
+                ["oracle", base["oracle"], "", ""],
             ],
         ),
-        "",
-        "f less log pi, picks of all seeds averaged, paired by question:",
-        "",
-        *_table(
-            ["score", *(f"less {name}" for name in _BASE)],
-            [
-                [name, *(f"{_cell([found[b]])}, p = {found[b]['p']:.3g}" for b in _BASE)]
-                for name, found in metrics["f_less_log_pi"].items()
-            ],
-        ),
-        "",
-        "## Style against correctness: AUC",
-        "",
+    ]
+
+
+def _paired_table(metrics: dict[str, Any]) -> list[str]:
+    rows = [
+        [name, *(f"{_cell([found[base]])}, p = {found[base]['p']:.3g}" for base in _BASE)]
+        for name, found in metrics["f_less_log_pi"].items()
+    ]
+    return _table(["score", *(f"less {name}" for name in _BASE)], rows)
+
+
+def _style_table(metrics: dict[str, Any]) -> list[str]:
+    rows = [
+        [
+            name,
+            _cell([one["auc_expert"] for one in found]),
+            *(_cell([one["auc_expert_at_equal"][kind] for one in found]) for kind in _KINDS),
+            _cell([one["auc_within_question"] for one in found]),
+            _cell([one["auc_within_question_by_model"] for one in found]),
+        ]
+        for name, found in metrics["scores"].items()
+    ]
+    return [
         "Who: the expert's answers against the others', among all, among right and among wrong "
         "ones. Right: right against wrong answers to one question, and the same by model.",
         "",
         *_table(
-            ["score", "who", "who, right ones", "who, wrong ones", "right", "right, by model"],
-            [
-                [
-                    name,
-                    _cell([one["auc_expert"] for one in found]),
-                    *(
-                        _cell([one["auc_expert_at_equal"][kind] for one in found])
-                        for kind in ("right", "wrong")
-                    ),
-                    _cell([one["auc_within_question"] for one in found]),
-                    _cell([one["auc_within_question_by_model"] for one in found]),
-                ]
-                for name, found in metrics["scores"].items()
-            ],
+            ["score", "who", "who, right ones", "who, wrong ones", "right", "right, by model"], rows
         ),
     ]
-    return "\n".join(lines) + "\n"
 
 
 def _rows(metrics: dict[str, Any], *keys: str) -> list[list[str]]:

@@ -68,11 +68,11 @@ def test_best_of_n_beside_its_baselines():
 
 
 def test_a_large_group_is_voted_on_over_drawn_subsets_reproducibly():
-    made = traces(prompts=6, n=16)
+    made = traces(prompts=4, n=12)
     one, again = (measure(made, seed=3)["best_of_n"]["curves"] for _ in range(2))
     assert one == again
     assert one["majority"]["value"][0] == pytest.approx(
-        np.mean([t.correct and t.answer is not None for t in made]), abs=0.05
+        np.mean([t.correct and t.answer is not None for t in made]), abs=0.06
     )
 
 
