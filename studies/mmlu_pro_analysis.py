@@ -29,6 +29,7 @@ _BASE = ("log pi (sum)", "log pi (mean)")
 _READ = ("f (sum)", "f (mean)")
 _PICKS = ("random", "majority", "always the expert", "oracle")
 _KINDS = ("right", "wrong")
+_UNDEFINED = {"value": None, "low": None, "high": None}  # answers of one kind only
 
 
 def analyse(
@@ -88,13 +89,12 @@ def _measure(score: Array, correct: Array) -> dict[str, Any]:
     return {
         "auc_within_model": within,
         "auc_within_model_mean": means,
-        "auc_pooled": _plain(pooled_auc(flat, labels, prompt, _SEED)),
-        "auc_within_question": _plain(within_auc(flat, labels, prompt, _SEED)),
-        "auc_within_question_by_model": _plain(within_auc(left.ravel(), labels, prompt, _SEED)),
-        "auc_expert": _plain(pooled_auc(flat, is_expert, prompt, _SEED)),
+        "auc_pooled": _pooled(flat, labels, prompt),
+        "auc_within_question": _within(flat, labels, prompt),
+        "auc_within_question_by_model": _within(left.ravel(), labels, prompt),
+        "auc_expert": _pooled(flat, is_expert, prompt),
         "auc_expert_at_equal": {
-            name: _plain(pooled_auc(flat[mine], is_expert[mine], prompt[mine], _SEED))
-            for name, mine in kinds.items()
+            name: _pooled(flat[mine], is_expert[mine], prompt[mine]) for name, mine in kinds.items()
         },
         "picked": _mean(best_of_n(correct, score, [models])[:, 0]),
         "picked_by_model": _mean(best_of_n(correct, left, [models])[:, 0]),
@@ -102,11 +102,21 @@ def _measure(score: Array, correct: Array) -> dict[str, Any]:
     }
 
 
-def _interval(score: Array, label: Array) -> dict[str, float]:
-    return _plain(pooled_auc(score, label, np.arange(score.size), _SEED))
+def _pooled(score: Array, label: Array, prompt: Array) -> dict[str, float | None]:
+    one_kind = label.all() or not label.any()
+    return dict(_UNDEFINED) if one_kind else _plain(pooled_auc(score, label, prompt, _SEED))
 
 
-def _mean_auc(score: Array, correct: Array) -> dict[str, float]:
+def _within(score: Array, label: Array, prompt: Array) -> dict[str, float | None]:
+    mixed = any(0 < label[prompt == p].mean() < 1 for p in np.unique(prompt))
+    return _plain(within_auc(score, label, prompt, _SEED)) if mixed else dict(_UNDEFINED)
+
+
+def _interval(score: Array, label: Array) -> dict[str, float | None]:
+    return _pooled(score, label, np.arange(score.size))
+
+
+def _mean_auc(score: Array, correct: Array) -> dict[str, float | None]:
     """Mean over models of the AUC among the model's own answers; questions are resampled."""
 
     def value(weight: Array) -> float:
@@ -167,13 +177,14 @@ def _read(folder: Path, test: Sequence[Asked], names: Sequence[str]) -> dict[str
     }
 
 
-def _mean(values: Array) -> dict[str, float]:
+def _mean(values: Array) -> dict[str, float | None]:
     low, high = bootstrap_interval(values, _SEED)
     return {"value": float(values.mean()), "low": low, "high": high}
 
 
-def _plain(found: Any) -> dict[str, float]:
-    return {"value": found.value, "low": found.low, "high": found.high}
+def _plain(found: Any) -> dict[str, float | None]:
+    values = {"value": found.value, "low": found.low, "high": found.high}
+    return values if np.isfinite(list(values.values())).all() else dict(_UNDEFINED)
 
 
 def _page(metrics: dict[str, Any]) -> str:
@@ -272,7 +283,9 @@ def _rows(metrics: dict[str, Any], *keys: str) -> list[list[str]]:
     ]
 
 
-def _cell(found: Sequence[dict[str, float]]) -> str:
+def _cell(found: Sequence[dict[str, float | None]]) -> str:
+    if any(one["value"] is None for one in found):
+        return "not defined"
     value, low, high = (
         float(np.mean([one[key] for one in found])) for key in ("value", "low", "high")
     )
