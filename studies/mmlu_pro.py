@@ -74,6 +74,7 @@ class Study:
             max_completion=options.max_completion,
             seed=0,
         )
+        self._logp: dict[int, list[torch.Tensor]] = {}
         self.variants = [
             Variant(head=head, granularity=granularity, seed=seed)
             for seed, head, granularity in product(
@@ -166,8 +167,15 @@ class Study:
         return discriminator.eval()
 
     def _batch(self, asked: Sequence[Asked], rule: Any) -> tuple[list[Any], list[torch.Tensor]]:
+        """The answers as traces with the base model's log pi, which is read once a run."""
         traces = [trace for i, one in enumerate(asked) for trace in one.traces(rule, i)]
-        return traces, action_logp(self.policy, traces, self.options.token_budget)
+        new = [one for one in asked if one.question.id not in self._logp]
+        if new:
+            fresh = [trace for i, one in enumerate(new) for trace in one.traces(rule, i)]
+            found, n = action_logp(self.policy, fresh, self.options.token_budget), len(MODELS)
+            for i, one in enumerate(new):
+                self._logp[one.question.id] = found[i * n : (i + 1) * n]
+        return traces, [part for one in asked for part in self._logp[one.question.id]]
 
     def _score(self, variant: Variant, discriminator: Discriminator) -> None:
         """f of every held-out answer: its sum and its mean over spans."""
@@ -278,8 +286,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--data", type=Path, required=True, help="questions.jsonl(.gz) and the models' answers")
     add("--model", required=True, help="SmolLM2-135M-Instruct: hub name or folder")
     add("--output", type=Path, default=Path("runs/mmlu_pro"), help="default: %(default)s")
-    add("--train", type=int, default=96, help="questions to train on (default: %(default)s)")
-    add("--test", type=int, default=160, help="held-out questions (default: %(default)s)")
+    add("--train", type=int, default=64, help="questions to train on (default: %(default)s)")
+    add("--test", type=int, default=128, help="held-out questions (default: %(default)s)")
     add("--max-prompt", type=int, default=160, help="tokens (default: %(default)s)")
     add("--max-completion", type=int, default=96, help="tokens (default: %(default)s)")
     add("--seeds", type=int, default=3, help="seeds of each variant (default: %(default)s)")
