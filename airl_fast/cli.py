@@ -1,4 +1,4 @@
-"""The command ``airl-fast``: demo, train, score, rerank, locate, doctor, recipes, bench.
+"""The command ``airl-fast``: demo, train, score, rerank, locate, eval, doctor, recipes, bench.
 
 Commands import what they need when they run, so that ``airl-fast --help`` is immediate. What a
 user can put right is one line on standard error and exit status 2; whatever else fails keeps its
@@ -108,6 +108,8 @@ def _parser() -> argparse.ArgumentParser:
                         help="f, or the AIRL reward f - log pi (default: %(default)s)")  # fmt: skip
     _add_reader(add("locate", _locate, "find the step most likely to be wrong", _LOCATE))
 
+    _add_eval(add("eval", _eval, "measure a reward on traces with known faults", _EVAL))
+
     add("doctor", _doctor, "say what this machine and this installation have", _DOCTOR)
     add("recipes", _recipes, "list the configurations that ship with the package", _RECIPES)
     add_options(add("bench", run_bench, "measure the operators, from the repository", EPILOG))
@@ -120,6 +122,26 @@ def _add_reader(command: argparse.ArgumentParser) -> None:
     add("directory", type=Path, metavar="DIR", help="folder of a finished run, or its reward/")
     add("input", type=Path, metavar="INPUT.jsonl", help="one JSON object a line")
     add("--output", type=Path, metavar="OUT.jsonl", help="default: standard output")
+    _add_models(command)
+
+
+def _add_eval(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("directory", type=Path, metavar="DIR", help="folder of a finished run, or its reward/")
+    add("input", type=Path, metavar="DATA.jsonl", help="judged traces; .jsonl.gz too")
+    add("--format", choices=("jsonl", "processbench", "prm800k"), default="jsonl",
+        help="of the rows (default: %(default)s)")  # fmt: skip
+    add("--output", type=Path, metavar="OUT", help="folder (default: DIR/eval/NAME OF THE DATA)")
+    add("--max-tokens", type=int, metavar="N",
+        help="leave out traces of more tokens, prompt included; they are counted")  # fmt: skip
+    add("--no-plots", dest="plots", action="store_false", help="numbers only, no PNG files")
+    add("--seed", type=int, default=0, metavar="N",
+        help="of intervals, folds and subsets (default: %(default)s)")  # fmt: skip
+    _add_models(command)
+
+
+def _add_models(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
     add("--policy", metavar="NAME|DIR", help="policy of the AIRL form (default: DIR/policy)")
     add("--device", default="cpu", help="such as cpu or cuda (default: %(default)s)")
     add("--token-budget", type=int, default=16384, metavar="N",
@@ -220,6 +242,28 @@ def _use(arguments: argparse.Namespace, run: Callable[..., None], **options: Any
     return 0
 
 
+def _eval(arguments: argparse.Namespace) -> int:
+    from airl_fast.eval_files import evaluate_file
+
+    name = arguments.input.name.split(".")[0]
+    target = arguments.output or arguments.directory / "eval" / name
+
+    def run(load: Callable[[], RewardScorer], source: Path, _: Path | None, **options: Any) -> None:
+        evaluate_file(load, source, target, **options)
+
+    status = _use(
+        arguments,
+        run,
+        format=arguments.format,
+        max_tokens=arguments.max_tokens,
+        plots=arguments.plots,
+        seed=arguments.seed,
+    )
+    print((target / "metrics.md").read_text("utf-8"))
+    print(f"written: {', '.join(str(path) for path in sorted(target.iterdir()))}")
+    return status
+
+
 def _doctor(_: argparse.Namespace) -> int:
     import rich
 
@@ -299,6 +343,21 @@ are passed on.
 
 example:
   airl-fast locate runs/demo traces.jsonl --output steps.jsonl
+"""
+_EVAL = """\
+Judged traces come in one of three formats:
+  jsonl         {"prompt": ..., "completions": ["...", "..."], "correct": [true, false]}, with
+                "answers" to vote on (else read from the texts); or {"prompt": ..., "steps":
+                ["...", "..."], "label": 1}: the first wrong step, from 0, or -1
+  processbench  its rows, as JSON lines or a JSON array
+  prm800k       its rows: the first chosen step rated -1 is the error
+What a format's rules leave out is counted. Written are metrics.json, metrics.md and plots:
+best-of-n curves, AUC, first-error localisation, calibration, length and format bias, beside a
+random pick, the majority, log pi (sum and mean) and an oracle.
+
+examples:
+  airl-fast eval runs/demo judged.jsonl
+  airl-fast eval runs/gsm8k gsm8k.json --format processbench --max-tokens 2048
 """
 _DOCTOR = """\
 Prints versions, devices, the backend of every operator and why, and what each missing extra

@@ -55,12 +55,26 @@ def _refuse_if(*cases: tuple[bool, str]) -> None:
 class TaskConfig:
     """Problems, demonstrations and their subsets."""
 
-    name: Literal["arithmetic", "gsm8k", "jsonl"] = Field(description="which task")
+    name: Literal["arithmetic", "gsm8k", "jsonl", "medreason", "mmlu_pro"] = Field(
+        description="which task"
+    )
     path: str | None = Field(
         default=None,
         min_length=1,
         description="local file or folder of JSON lines, or a hub name "
-        "(gsm8k; null: openai/gsm8k); arithmetic is generated and has none",
+        "(gsm8k, medreason, mmlu_pro; null: the task's own); arithmetic is generated and has none",
+    )
+    traces: str | None = Field(
+        default=None,
+        min_length=1,
+        description="mmlu_pro: whose answers are the demonstrations: a file of question_id and "
+        "response, or its name in task.path less .jsonl; null: the questions' cot_content",
+    )
+    evaluation: str | None = Field(
+        default=None,
+        min_length=1,
+        description="medreason: a file of questions that the test set is drawn from; null: "
+        "test.jsonl of task.path, or the traces",
     )
     seed: _Int = Field(default=0, description="draws the subsets, and arithmetic's problems")
     demonstrations: _Int | None = Field(
@@ -74,7 +88,13 @@ class TaskConfig:
     expert_error: _Float = Field(
         default=0.3, ge=0, le=1, description="arithmetic: share of demonstrations with an error"
     )
-    chat: bool = Field(default=True, description="gsm8k: prompts go through the chat template")
+    correct_only: bool = Field(
+        default=False, description="mmlu_pro: leave out demonstrations with a wrong answer"
+    )
+    chat: bool = Field(
+        default=True,
+        description="gsm8k, medreason, mmlu_pro: prompts go through the chat template",
+    )
     calculator_marks: bool = Field(default=False, description="gsm8k: keep <<48/2=24>> in traces")
 
     @model_validator(mode="after")
@@ -95,8 +115,18 @@ class TaskConfig:
                 f"remove it for task.name={self.name}",
             ),
             (
-                self.name != "gsm8k" and not self.chat,
-                f"task.chat=false is for gsm8k; remove it for task.name={self.name}",
+                self.name in ("arithmetic", "jsonl") and not self.chat,
+                "task.chat=false is for gsm8k, medreason and mmlu_pro; remove it for "
+                f"task.name={self.name}",
+            ),
+            (
+                self.name != "mmlu_pro" and (self.traces is not None or self.correct_only),
+                "task.traces and task.correct_only are for mmlu_pro; remove them for "
+                f"task.name={self.name}",
+            ),
+            (
+                self.name != "medreason" and self.evaluation is not None,
+                f"task.evaluation is for medreason; remove it for task.name={self.name}",
             ),
             (
                 self.name != "gsm8k" and self.calculator_marks,

@@ -40,7 +40,7 @@ def run(*arguments):
 
 
 def test_help_of_every_command_has_an_example(capsys):
-    for command in ("demo", "train", "score", "rerank", "locate", "doctor", "recipes"):
+    for command in ("demo", "train", "score", "rerank", "locate", "eval", "doctor", "recipes"):
         with pytest.raises(SystemExit) as stop:
             run(command, "--help")
         assert stop.value.code == 0

@@ -68,7 +68,7 @@ def test_recipes_load_and_round_trip(name, tmp_path):
 
 
 def test_recipes_are_the_known_ones():
-    assert recipes() == ["arithmetic", "gsm8k-smollm2"]
+    assert recipes() == ["arithmetic", "gsm8k-smollm2", "medreason-smollm2", "mmlu-pro-smollm2"]
 
 
 def test_every_value_round_trips(tmp_path):

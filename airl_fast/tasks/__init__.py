@@ -1,5 +1,7 @@
 """Tasks: ``load_task`` builds the one that a configuration names."""
 
+from typing import Any
+
 from airl_fast.schema import TaskConfig
 from airl_fast.tasks.base import Example, Message, Task, encode_completion, encode_prompt
 
@@ -24,27 +26,34 @@ def load_task(config: TaskConfig) -> Task:
             test=config.test,
             expert_error=config.expert_error,
         )
+    subsets: dict[str, Any] = {
+        "seed": config.seed,
+        "demonstrations": config.demonstrations,
+        "unlabelled": config.unlabelled,
+        "validation": config.validation,
+        "test": config.test,
+    }
     if config.name == "gsm8k":
         from airl_fast.tasks.gsm8k import GSM8K
 
         return GSM8K(
+            config.path, **subsets, chat=config.chat, calculator_marks=config.calculator_marks
+        )
+    if config.name == "medreason":
+        from airl_fast.tasks.medreason import MedReason
+
+        return MedReason(config.path, evaluation=config.evaluation, **subsets, chat=config.chat)
+    if config.name == "mmlu_pro":
+        from airl_fast.tasks.mmlu_pro import MMLUPro
+
+        return MMLUPro(
             config.path,
-            seed=config.seed,
-            demonstrations=config.demonstrations,
-            unlabelled=config.unlabelled,
-            validation=config.validation,
-            test=config.test,
+            traces=config.traces,
+            **subsets,
             chat=config.chat,
-            calculator_marks=config.calculator_marks,
+            correct_only=config.correct_only,
         )
     from airl_fast.tasks.jsonl import JSONLines
 
     assert config.path is not None  # TaskConfig refuses jsonl without one
-    return JSONLines(
-        config.path,
-        seed=config.seed,
-        demonstrations=config.demonstrations,
-        unlabelled=config.unlabelled,
-        validation=config.validation,
-        test=config.test,
-    )
+    return JSONLines(config.path, **subsets)

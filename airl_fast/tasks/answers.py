@@ -31,14 +31,14 @@ def find_answer(text: str) -> str | None:
     tags = _TAGS.findall(text)
     if tags:
         return str(tags[-1]).strip()
-    boxed = _last_boxed(text)
+    boxed = last_boxed(text)
     if boxed is not None:
         return boxed.strip()
     phrases = _PHRASE.findall(text)
     return str(phrases[-1]).strip() if phrases else None
 
 
-def _last_boxed(text: str) -> str | None:
+def last_boxed(text: str) -> str | None:
     r"""Return what the last complete ``\boxed{...}`` holds; braces may nest."""
     opener = r"\boxed{"
     start = text.rfind(opener)

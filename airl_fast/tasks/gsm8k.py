@@ -2,11 +2,10 @@
 
 import random
 import re
-from pathlib import Path
 
 from airl_fast.tasks.answers import find_answer, parse_number, wrong_number
 from airl_fast.tasks.base import Example, Message, Prompt
-from airl_fast.tasks.rows import Row, draw_subsets, local_files, read_rows
+from airl_fast.tasks.rows import Row, draw_subsets, load_rows
 
 HUB_NAME = "openai/gsm8k"
 INSTRUCTION = (
@@ -59,7 +58,7 @@ class GSM8K:
         self.calculator_marks = calculator_marks
         splits = {
             split: [self._example(row, f"gsm8k-{split}-{i}") for i, row in enumerate(rows)]
-            for split, rows in _load(path or HUB_NAME).items()
+            for split, rows in load_rows(path or HUB_NAME, "main").items()
         }
         subsets = draw_subsets(
             splits,
@@ -118,26 +117,3 @@ class GSM8K:
             ValueError: the text has no number.
         """
         return wrong_number(completion, self.step_boundary, rng)
-
-
-def _load(path: str) -> dict[str, list[Row]]:
-    """Read local files, or the splits of a data set on the hub."""
-    local = Path(path)
-    is_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", path) and local.suffix not in (".jsonl", ".json")
-    if local.exists() or not is_hub_name:
-        return {split: read_rows(file) for split, file in local_files(local).items()}
-    from datasets import load_dataset
-
-    try:
-        splits = load_dataset(path, "main")
-    except Exception as error:  # the hub client raises many unrelated kinds
-        raise ValueError(
-            f"task.path={path!r} is not on this disk and could not be loaded from the hub "
-            f"({type(error).__name__}: {error}); give a folder with train.jsonl and test.jsonl"
-        ) from error
-    return {
-        name: [
-            Row(values=dict(row), where=f"{path}, {name}, row {i}") for i, row in enumerate(data)
-        ]
-        for name, data in splits.items()
-    }

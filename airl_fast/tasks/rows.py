@@ -1,8 +1,10 @@
 """Rows of JSON lines, with their place in the file, and the subsets drawn from them."""
 
+import gzip
 import json
 import random
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,40 +40,91 @@ class Row:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Read a file of JSON lines; blank lines are no rows.
+    """Read a file of JSON lines, compressed (.gz) or not; blank lines are no rows.
 
     Raises:
         ValueError: a line that is not UTF-8, not JSON or not an object, with its number; or a
             file without rows.
     """
-    rows = []
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                values = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{where}: not UTF-8 ({error}); save the file as UTF-8") from None
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{where}: not JSON ({error.msg} at column {error.colno}); write one JSON "
-                    "object a line"
-                ) from None
-            if not isinstance(values, dict):
-                raise ValueError(
-                    f"{where}: {type(values).__name__}, expected an object; write one JSON "
-                    'object a line, such as {"prompt": "...", "completion": "..."}'
-                )
-            rows.append(Row(values=values, where=where))
-    if not rows:
+    return list(iter_rows(path))
+
+
+def iter_rows(path: Path) -> Iterator[Row]:
+    """Yield the rows of a file as they are read; as ``read_rows``."""
+    empty = True
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield _row(line, number, path)
+                    empty = False
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise ValueError(f"{path}: not a whole gzip file ({error}); fetch it again") from None
+    if empty:
         raise ValueError(f"{path}: no rows; expected a JSON object a line")
-    return rows
+
+
+def _row(line: bytes, number: int, path: Path) -> Row:
+    where = f"{path}, line {number}"
+    try:
+        values = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8 ({error}); save the file as UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{where}: not JSON ({error.msg} at column {error.colno}); write one JSON object a line"
+        ) from None
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"{where}: {type(values).__name__}, expected an object; write one JSON "
+            'object a line, such as {"prompt": "...", "completion": "..."}'
+        )
+    return Row(values=values, where=where)
+
+
+def load_rows(path: str, subset: str | None = None) -> dict[str, list[Row]]:
+    """Read local files by split, or the splits of a data set on the hub.
+
+    Args:
+        path: a file, a folder with train.jsonl, or a hub name such as ``openai/gsm8k``.
+        subset: the data set's configuration on the hub.
+
+    Raises:
+        ValueError: nothing there, a malformed row, or a data set that cannot be loaded.
+    """
+    local = Path(path)
+    if local.exists() or not is_hub_name(path):
+        return {split: read_rows(file) for split, file in local_files(local).items()}
+    return hub_rows(path, subset)
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether a path that is not on this disk can be a data set's name on the hub."""
+    named_as_file = Path(path).suffix in (".jsonl", ".json", ".gz")
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", path) is not None and not named_as_file
+
+
+def hub_rows(name: str, subset: str | None = None) -> dict[str, list[Row]]:
+    """Load the splits of a data set on the hub; as ``load_rows``."""
+    from datasets import load_dataset
+
+    try:
+        splits = load_dataset(name) if subset is None else load_dataset(name, subset)
+    except Exception as error:  # the hub client raises many unrelated kinds
+        raise ValueError(
+            f"task.path={name!r} is not on this disk and could not be loaded from the hub "
+            f"({type(error).__name__}: {error}); give a folder of JSON lines"
+        ) from error
+    return {
+        split: [
+            Row(values=dict(row), where=f"{name}, {split}, row {i}") for i, row in enumerate(data)
+        ]
+        for split, data in splits.items()
+    }
 
 
 def local_files(path: Path) -> dict[str, Path]:
-    """Return the files by split: a single file is ``train``; a folder holds SPLIT.jsonl.
+    """Return the files by split: a single file is ``train``; a folder holds SPLIT.jsonl(.gz).
 
     Raises:
         ValueError: nothing there, or a folder without train.jsonl.
@@ -81,7 +134,7 @@ def local_files(path: Path) -> dict[str, Path]:
     if not path.is_dir():
         raise ValueError(f"task.path={str(path)!r}: no such file or folder")
     splits = ("train", "validation", "test")
-    files = {split: path / f"{split}.jsonl" for split in splits}
+    files = {split: compressed_or_not(path / f"{split}.jsonl") for split in splits}
     if not files["train"].is_file():
         there = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
         raise ValueError(
@@ -89,6 +142,12 @@ def local_files(path: Path) -> dict[str, Path]:
             f"validation.jsonl and test.jsonl), found {there}"
         )
     return {split: file for split, file in files.items() if file.is_file()}
+
+
+def compressed_or_not(path: Path) -> Path:
+    """Return the path, or that of the same file with ``.gz`` where only this is there."""
+    packed = path.with_name(path.name + ".gz")
+    return packed if packed.is_file() and not path.is_file() else path
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,1 @@
+"""Studies on real traces; run from the repository, not installed with the package."""
