@@ -6,11 +6,11 @@ from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from airl_fast import Discriminator, Policy, RewardScorer
-from airl_fast.loading import LanguageModel, Origin, resolve
-from tests.tiny_models import tiny_model, tiny_tokenizer
+from airl_fast import RewardScorer
+from airl_fast.loading import resolve
+from tests.tiny_reward import BOUNDARY, Truth, save_reward
 
 pytest.importorskip("trl", reason="the trl extra is not installed")
 
@@ -20,8 +20,6 @@ from trl import GRPOConfig, GRPOTrainer
 from airl_fast.integrations import trl as integration
 from airl_fast.integrations.trl import DenseGRPOTrainer, reward_function
 
-BOUNDARY = "[0-9 ]"
-KAPPA, OFFSET = 0.7, 0.3
 TEXTS = ["1+1=", "a dog and"]
 PROMPTS = {
     "standard": TEXTS,
@@ -31,38 +29,12 @@ PROMPTS = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A policy and an lm reward for steps, of one tokenizer with a chat template."""
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-        "{% if add_generation_prompt %}assistant: {% endif %}"
-    )
-    folder = tmp_path_factory.mktemp("trl")
-    for name, seed in (("policy", 0), ("q", 1)):
-        model = tiny_model("llama", seed=seed, vocab_size=len(tokenizer)).eval()
-        LanguageModel(model, tokenizer, Origin(model=name)).save(folder / name)
-    policy = Policy.from_pretrained(folder / "policy")
-    policy.save(folder / "policy")
-    reward = Discriminator.create(policy, model=str(folder / "q"), kappa=KAPPA, offset=OFFSET)
-    for granularity in ("step", "interval"):
-        reward.save(
-            folder / granularity / "reward",
-            training={
-                "granularity": granularity,
-                "interval": 3,
-                "boundary": BOUNDARY,
-                "logit": "f-logp",
-                "reward": "f",
-                "temperature": 1.0,
-                "task": "words",
-            },
-        )
-    return folder
+    return save_reward(tmp_path_factory.mktemp("trl"))
 
 
 @pytest.fixture(scope="module")
 def scorer(folder):
-    return RewardScorer.from_pretrained(folder / "step")
+    return RewardScorer.from_pretrained(folder / "reward")
 
 
 def settings(folder, **options):
@@ -98,7 +70,7 @@ def watched(kind, folder, form, **options):
 
     trainer = Watched(
         model=AutoModelForCausalLM.from_pretrained(folder / "policy"),
-        processing_class=tiny_tokenizer_of(folder),
+        processing_class=tokenizer_of(folder),
         train_dataset=Dataset.from_dict({"prompt": PROMPTS[form], "answer": ["2", "b"]}),
         **options,
     )
@@ -110,33 +82,17 @@ def watched(kind, folder, form, **options):
     return seen, trainer
 
 
-def tiny_tokenizer_of(folder):
-    from transformers import AutoTokenizer
-
+def tokenizer_of(folder):
     return AutoTokenizer.from_pretrained(folder / "policy")
 
 
-class Truth:
-    """f per token from transformers alone, spans from a regular expression, all in loops."""
-
-    def __init__(self, folder):
-        self.model = AutoModelForCausalLM.from_pretrained(folder / "q").eval()
-        self.tokenizer = tiny_tokenizer_of(folder)
-
-    def tokens(self, prompt, completion):
-        with torch.no_grad():
-            logits = self.model(torch.tensor([[*prompt, *completion]])).logits[0].double()
-        logq = logits[len(prompt) - 1 : -1].log_softmax(-1)
-        return [KAPPA * logq[i, token].item() + OFFSET for i, token in enumerate(completion)]
-
-    def steps(self, completion):
-        """Lengths; a token is a character, and only special tokens may follow the last step."""
-        pieces = [self.tokenizer.decode([token]) for token in completion]
-        special = set(self.tokenizer.all_special_ids)
-        ends = [i + 1 for i, piece in enumerate(pieces) if re.fullmatch(BOUNDARY, piece)]
-        if ends and set(completion[ends[-1] :]) <= special:
-            ends.pop()
-        return [b - a for a, b in zip([0, *ends], [*ends, len(completion)], strict=True)]
+def step_lengths(completion, tokenizer):
+    """A token is a character; only special tokens may follow the last step."""
+    pieces = [tokenizer.decode([token]) for token in completion]
+    ends = [i + 1 for i, piece in enumerate(pieces) if re.fullmatch(BOUNDARY, piece)]
+    if ends and set(completion[ends[-1] :]) <= set(tokenizer.all_special_ids):
+        ends.pop()
+    return [b - a for a, b in zip([0, *ends], [*ends, len(completion)], strict=True)]
 
 
 def rows(inputs):
@@ -150,7 +106,7 @@ def rows(inputs):
 
 
 def test_the_prompts_that_trl_samples_from_are_those_that_are_scored(scorer, folder):
-    tokenizer = tiny_tokenizer_of(folder)
+    tokenizer = tokenizer_of(folder)
     standard = scorer.encode(PROMPTS["standard"][0], "b").prompt
     assert list(standard) == tokenizer(TEXTS[0]).input_ids
     chat = scorer.encode(PROMPTS["conversational"][0], "b").prompt
@@ -192,13 +148,13 @@ def ends_with_a_letter(completions, **_):
     ("form", "granularity", "scale"),
     [("standard", "step", "group"), ("conversational", "interval", "none")],
 )
-def test_dense_advantages_are_those_of_the_spans(folder, form, granularity, scale):
+def test_dense_advantages_are_those_of_the_spans(folder, tmp_path, form, granularity, scale):
     truth, gamma, weight = Truth(folder), 0.9, 0.5
     seen, trainer = watched(
         DenseGRPOTrainer,
         folder,
         form,
-        scorer=RewardScorer.from_pretrained(folder / granularity),
+        scorer=RewardScorer.from_pretrained(save_reward(tmp_path, granularity) / "reward"),
         reward_funcs=[ends_with_a_letter],
         gamma=gamma,
         args=settings(folder, scale_rewards=scale, reward_weights=[weight], loss_type="grpo"),
@@ -208,7 +164,7 @@ def test_dense_advantages_are_those_of_the_spans(folder, form, granularity, scal
         for prompt, completion, advantages in rows(inputs):
             f = truth.tokens(prompt, completion)
             if granularity == "step":
-                lengths = truth.steps(completion)
+                lengths = step_lengths(completion, trainer.processing_class)
             else:
                 lengths = [len(completion[i : i + 3]) for i in range(0, len(completion), 3)]
             returns, end, rest = [], len(f), 0.0
@@ -241,7 +197,7 @@ def test_dense_advantages_are_those_of_the_spans(folder, form, granularity, scal
 
 
 def test_text_of_another_tokenizer_is_encoded_anew_only_when_asked(scorer, folder):
-    other = tiny_tokenizer_of(folder)
+    other = tokenizer_of(folder)
     shifted = [(token + 7) % 20 + 10 for token in other("abc").input_ids]
     with pytest.raises(
         ValueError, match=r"completion 0: the scorer's tokenizer spells .* score='text'"
