@@ -1,4 +1,4 @@
-"""Load on ``airl-fast serve``: many clients, every answer checked. ``python -m benchmarks.serving``.
+"""Load on ``airl-fast serve``, every answer checked: ``python -m benchmarks.serving``.
 
 Clients are threads, each with one connection kept alive, that send one request after the other
 over loopback for a stated time. A request asks for one to four completions through one of the
@@ -62,9 +62,7 @@ def expected(folder: Path, pairs: Sequence[tuple[str, str]]) -> list[Case]:
     cases = []
     for prompt, completion in pairs:
         (scored,) = scorer.score([prompt], [completion])
-        cases.append(
-            Case(prompt=prompt, completion=completion, f=scored.f, tokens=scored.tokens.f)
-        )
+        cases.append(Case(prompt=prompt, completion=completion, f=scored.f, tokens=scored.tokens.f))
     return cases
 
 

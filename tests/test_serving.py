@@ -258,9 +258,7 @@ def test_too_many_are_sent_away_and_told_when_to_come_back(scorer):
                 done, pending = await asyncio.wait(pending, return_when="FIRST_COMPLETED")
                 refused += done
             held.go.set()
-            return [task.result() for task in refused], [
-                await task for task in (first, *pending)
-            ]
+            return [task.result() for task in refused], [await task for task in (first, *pending)]
 
     refused, served = asyncio.run(run())
     for response in refused:

@@ -18,7 +18,7 @@ def save_reward(folder: Path, granularity: str = "step") -> Path:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}"
-        "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+        "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
     for name, seed in (("policy", 0), ("q", 1)):
@@ -26,9 +26,7 @@ def save_reward(folder: Path, granularity: str = "step") -> Path:
         LanguageModel(model, tokenizer, Origin(model=name)).save(folder / name)
     policy = Policy.from_pretrained(folder / "policy")
     policy.save(folder / "policy")
-    reward = Discriminator.create(
-        policy, model=str(folder / "q"), kappa=KAPPA, offset=OFFSET
-    )
+    reward = Discriminator.create(policy, model=str(folder / "q"), kappa=KAPPA, offset=OFFSET)
     reward.save(
         folder / "reward",
         training={

@@ -2,8 +2,8 @@
 
 Written against verl 0.9.1. The environment names the reward: ``AIRL_FAST_REWARD`` (the folder of a
 run), ``AIRL_FAST_DEVICE`` ("cpu"), ``AIRL_FAST_VALUE`` ("f" or "reward") and, for
-``compute_score``, ``AIRL_FAST_REDUCE`` ("sum", "mean", "min" or "last"). Importing this module needs no verl; the manager is made
-when it is asked for::
+``compute_score``, ``AIRL_FAST_REDUCE`` ("sum", "mean", "min" or "last"). Importing this module
+needs no verl; the manager is made when it is asked for::
 
     reward.reward_manager.source=importlib
     reward.reward_manager.module.path=pkg://airl_fast.integrations.verl

@@ -121,7 +121,13 @@ def make_app(reader: RewardReader, *, limits: Limits, token: str | None = None) 
     app.add_exception_handler(HTTPException, _on_http)
     app.add_exception_handler(Exception, _on_fault)
     routes = frozenset([*protocols.ROUTES, "/health", "/metrics"])
-    return Guard(app, token=token, routes=routes, on_answer=metrics.on_answer)
+    return Guard(
+        app,
+        token=token,
+        routes=routes,
+        on_arrival=metrics.on_arrival,
+        on_answer=metrics.on_answer,
+    )
 
 
 async def _scored(

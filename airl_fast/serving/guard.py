@@ -24,6 +24,7 @@ class Guard:
         app: the application.
         token: None lets everyone in.
         routes: paths that are counted under their own name.
+        on_arrival: called when a request comes.
         on_answer: called with path, status and seconds.
     """
 
@@ -33,11 +34,13 @@ class Guard:
         *,
         token: str | None,
         routes: frozenset[str],
+        on_arrival: Callable[[], None],
         on_answer: Callable[[str, int, float], None],
     ) -> None:
         self.app = app
         self._token = None if token is None else token.encode()
         self._routes = routes
+        self._on_arrival = on_arrival
         self._on_answer = on_answer
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -45,6 +48,7 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        self._on_arrival()
         start, status = time.monotonic(), 500
 
         async def counted(message: Any) -> None:

@@ -40,6 +40,12 @@ class Metrics:
             registry=self.registry,
         )
 
+        self._present = Gauge(
+            "airl_fast_being_answered",
+            "Requests that have arrived and are not answered.",
+            registry=self.registry,
+        )
+
     def watch(self, batcher: Batcher) -> None:
         """Show what waits in a batcher."""
         requests = Gauge(
@@ -54,8 +60,13 @@ class Metrics:
         self._batch.observe(jobs)
         self._tokens.inc(tokens)
 
+    def on_arrival(self) -> None:
+        """Count a request that has arrived."""
+        self._present.inc()
+
     def on_answer(self, route: str, status: int, seconds: float) -> None:
-        """Count a request."""
+        """Count a request that has been answered."""
+        self._present.dec()
         self._requests.labels(route, str(status)).inc()
         self._seconds.labels(route).observe(seconds)
 
