@@ -1,4 +1,4 @@
-"""The command ``airl-fast``: demo, train, score, rerank, locate, eval, doctor, recipes, bench.
+"""The command ``airl-fast``: every use of the package that needs no Python.
 
 Commands import what they need when they run, so that ``airl-fast --help`` is immediate. What a
 user can put right is one line on standard error and exit status 2; whatever else fails keeps its
@@ -12,6 +12,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_reader(add("locate", _locate, "find the step most likely to be wrong", _LOCATE))
 
     _add_eval(add("eval", _eval, "measure a reward on traces with known faults", _EVAL))
+    _add_server(add("serve", _serve, "answer requests for rewards over HTTP", _SERVE))
 
     add("doctor", _doctor, "say what this machine and this installation have", _DOCTOR)
     add("recipes", _recipes, "list the configurations that ship with the package", _RECIPES)
@@ -148,6 +150,30 @@ def _add_models(command: argparse.ArgumentParser) -> None:
         help="tokens of a forward pass (default: %(default)s)")  # fmt: skip
     add("--no-end-of-text", dest="end_of_text", action="store_false",
         help="completions are not finished: append no end-of-text token")  # fmt: skip
+
+
+def _add_server(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("directory", type=Path, metavar="DIR", help="folder of a finished run, or its reward/")
+    add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    add("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
+    add("--token-file", type=Path, metavar="FILE",
+        help="holds the token that callers must send; default: the variable AIRL_FAST_TOKEN, if "
+             "set")  # fmt: skip
+    add("--value", choices=("f", "reward"), default="f",
+        help="f, or the AIRL reward f - log pi (default: %(default)s)")  # fmt: skip
+    add("--reduce", choices=("sum", "mean", "min", "last"), default="sum",
+        help="how the spans' rewards become a sequence's (default: %(default)s)")  # fmt: skip
+    add("--policy", metavar="NAME|DIR", help="policy of the AIRL form (default: DIR/policy)")
+    add("--device", default="cpu", help="such as cpu or cuda (default: %(default)s)")
+    add("--token-budget", type=int, default=16384, metavar="N",
+        help="tokens of a forward pass, shared by requests (default: %(default)s)")  # fmt: skip
+    add("--max-request-mib", type=float, default=4.0, metavar="MIB",
+        help="largest body (default: %(default)s)")  # fmt: skip
+    add("--max-waiting", type=int, default=256, metavar="N",
+        help="requests that may wait (default: %(default)s)")  # fmt: skip
+    add("--timeout", type=float, default=120.0, metavar="SECONDS",
+        help="until a request is given up (default: %(default)s)")  # fmt: skip
 
 
 class _TrainHelp(argparse.Action):
@@ -226,18 +252,8 @@ def _locate(arguments: argparse.Namespace) -> int:
 
 def _use(arguments: argparse.Namespace, run: Callable[..., None], **options: Any) -> int:
     _hush()
-
-    def load() -> RewardScorer:
-        from airl_fast.scorer import RewardScorer
-
-        return RewardScorer.from_pretrained(
-            arguments.directory,
-            policy=arguments.policy,
-            device=arguments.device,
-            token_budget=arguments.token_budget,
-        )
-
     end_of_text = arguments.end_of_text
+    load = partial(_scorer, arguments)
     run(load, arguments.input, arguments.output, end_of_text=end_of_text, **options)
     return 0
 
@@ -262,6 +278,39 @@ def _eval(arguments: argparse.Namespace) -> int:
     print((target / "metrics.md").read_text("utf-8"))
     print(f"written: {', '.join(str(path) for path in sorted(target.iterdir()))}")
     return status
+
+
+def _scorer(arguments: argparse.Namespace) -> RewardScorer:
+    from airl_fast.scorer import RewardScorer
+
+    return RewardScorer.from_pretrained(
+        arguments.directory,
+        policy=arguments.policy,
+        device=arguments.device,
+        token_budget=arguments.token_budget,
+    )
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from airl_fast.integrations.rewards import RewardReader
+    from airl_fast.serving.server import serve
+
+    _hush()
+
+    def load() -> RewardReader:
+        scorer = _scorer(arguments)
+        return RewardReader(scorer=scorer, value=arguments.value, reduce=arguments.reduce)
+
+    serve(
+        load,
+        host=arguments.host,
+        port=arguments.port,
+        request_bytes=int(arguments.max_request_mib * 2**20),
+        waiting=arguments.max_waiting,
+        seconds=arguments.timeout,
+        token_file=arguments.token_file,
+    )
+    return 0
 
 
 def _doctor(_: argparse.Namespace) -> int:
@@ -358,6 +407,15 @@ random pick, the majority, log pi (sum and mean) and an oracle.
 examples:
   airl-fast eval runs/demo judged.jsonl
   airl-fast eval runs/gsm8k gsm8k.json --format processbench --max-tokens 2048
+"""
+_SERVE = """\
+Speaks POST /score (all that `airl-fast score` writes), OpenRLHF's /get_reward, vLLM's /pooling and
+/classify; GET /health and /metrics (Prometheus). Needs the serve extra. A token is required on any
+address that other machines can reach. SIGTERM finishes what has been asked and exits with 0.
+docs/serving.md has the requests and answers.
+
+example:
+  airl-fast serve runs/demo --port 8000
 """
 _DOCTOR = """\
 Prints versions, devices, the backend of every operator and why, and what each missing extra

@@ -29,8 +29,11 @@ EXTRAS = {
     "flash": (("flash-attn",), _NOT_YET + "flash-attention for packed batches, on a GPU"),
     "vllm": (("vllm",), _NOT_YET + "rollouts sampled by vLLM, on a GPU"),
     "report": (("matplotlib",), "charts saved as PDF or PNG; report.html needs nothing"),
-    "serve": (("fastapi", "uvicorn"), _NOT_YET + "the reward served over HTTP"),
-    "trl": (("trl",), _NOT_YET + "the reward inside TRL's trainers"),
+    "serve": (
+        ("fastapi", "uvicorn", "prometheus-client"),
+        "airl-fast serve: the reward over HTTP",
+    ),
+    "trl": (("trl",), "the reward inside TRL's GRPOTrainer"),
     "gguf": (("gguf",), "models read from GGUF files"),
 }
 

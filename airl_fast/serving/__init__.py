@@ -1,0 +1,1 @@
+"""The learned reward over HTTP, as other trainers ask for it."""
