@@ -25,6 +25,7 @@ from airl_fast.evaluation_separation import pooled_auc, resampled, within_auc
 from studies.mmlu_pro_data import EXPERT, MODELS, Asked
 
 _SEED = 0
+_RESAMPLES = 1000
 _BASE = ("log pi (sum)", "log pi (mean)")
 _READ = ("f (sum)", "f (mean)")
 _PICKS = ("random", "majority", "always the expert", "oracle")
@@ -104,7 +105,11 @@ def _measure(score: Array, correct: Array) -> dict[str, Any]:
 
 def _pooled(score: Array, label: Array, prompt: Array) -> dict[str, float | None]:
     one_kind = label.all() or not label.any()
-    return dict(_UNDEFINED) if one_kind else _plain(pooled_auc(score, label, prompt, _SEED))
+    return (
+        dict(_UNDEFINED)
+        if one_kind
+        else _plain(pooled_auc(score, label, prompt, _SEED, _RESAMPLES))
+    )
 
 
 def _within(score: Array, label: Array, prompt: Array) -> dict[str, float | None]:
@@ -130,7 +135,7 @@ def _mean_auc(score: Array, correct: Array) -> dict[str, float | None]:
         return float(np.mean(each))
 
     every = np.ones(len(score))
-    return _plain(resampled(value(every), value, len(score), _SEED, 1000))
+    return _plain(resampled(value(every), value, len(score), _SEED, _RESAMPLES))
 
 
 def _baselines(correct: Array, answers: list[list[str]]) -> dict[str, Any]:
