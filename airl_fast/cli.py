@@ -1,4 +1,4 @@
-"""The command ``airl-fast``: demo, train, score, rerank, locate, doctor, recipes, bench.
+"""The command ``airl-fast``: demo, train, score, rerank, locate, report, doctor, recipes, bench.
 
 Commands import what they need when they run, so that ``airl-fast --help`` is immediate. What a
 user can put right is one line on standard error and exit status 2; whatever else fails keeps its
@@ -108,6 +108,8 @@ def _parser() -> argparse.ArgumentParser:
                         help="f, or the AIRL reward f - log pi (default: %(default)s)")  # fmt: skip
     _add_reader(add("locate", _locate, "find the step most likely to be wrong", _LOCATE))
 
+    report = add("report", _report, "write a run, scored traces and results as one page", _REPORT)
+    _add_report(report)
     add("doctor", _doctor, "say what this machine and this installation have", _DOCTOR)
     add("recipes", _recipes, "list the configurations that ship with the package", _RECIPES)
     add_options(add("bench", run_bench, "measure the operators, from the repository", EPILOG))
@@ -126,6 +128,22 @@ def _add_reader(command: argparse.ArgumentParser) -> None:
         help="tokens of a forward pass (default: %(default)s)")  # fmt: skip
     add("--no-end-of-text", dest="end_of_text", action="store_false",
         help="completions are not finished: append no end-of-text token")  # fmt: skip
+
+
+def _add_report(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("directory", type=Path, nargs="?", metavar="DIR", help="folder of a run")
+    add("--output", type=Path, metavar="FILE.html", help="default: DIR/report.html")
+    add("--scores", type=Path, metavar="SCORES.jsonl", help="what `airl-fast score` wrote")
+    add("--traces", type=Path, metavar="TRACES.jsonl",
+        help="what it read, with labels if there are any")  # fmt: skip
+    add("--located", type=Path, metavar="STEPS.jsonl",
+        help="what `airl-fast locate` wrote of the same traces")  # fmt: skip
+    add("--eval", type=Path, dest="evaluation", metavar="METRICS.json",
+        help="results of an evaluation")  # fmt: skip
+    add("--title", help="of the page")
+    add("--max-traces", type=int, default=1000, metavar="N",
+        help="traces in the viewer (default: %(default)s)")  # fmt: skip
 
 
 class _TrainHelp(argparse.Action):
@@ -220,6 +238,21 @@ def _use(arguments: argparse.Namespace, run: Callable[..., None], **options: Any
     return 0
 
 
+def _report(arguments: argparse.Namespace) -> int:
+    from airl_fast.report import report_run
+
+    folder, output = arguments.directory, arguments.output
+    if output is None and folder is None:
+        raise ValueError("nowhere to write: give a run's folder, or --output FILE.html")
+    output = output or folder / "report.html"
+    options = ("scores", "traces", "located", "evaluation", "title", "max_traces")
+    given = {name: getattr(arguments, name) for name in options}
+    for text in report_run(output, folder=folder, **given):
+        print(f"airl-fast: {text}", file=sys.stderr)
+    print(output)
+    return 0
+
+
 def _doctor(_: argparse.Namespace) -> int:
     import rich
 
@@ -299,6 +332,17 @@ are passed on.
 
 example:
   airl-fast locate runs/demo traces.jsonl --output steps.jsonl
+"""
+_REPORT = """\
+One HTML file that holds everything it shows: learning curves, distributions of rewards, results
+of an evaluation, and a viewer that colours traces by reward. Files of traces go together line for
+line; a line may also say "correct", "label" (as in ProcessBench), "group", "source" and "title".
+
+example:
+  airl-fast score runs/arithmetic traces.jsonl --output scores.jsonl
+  airl-fast locate runs/arithmetic traces.jsonl --output steps.jsonl
+  airl-fast report runs/arithmetic --scores scores.jsonl --traces traces.jsonl \\
+      --located steps.jsonl
 """
 _DOCTOR = """\
 Prints versions, devices, the backend of every operator and why, and what each missing extra
