@@ -84,6 +84,7 @@ class Chart:
         series: in the order of the legend.
         note: shown under the chart.
         marks: places on the x axis and what begins there.
+        x_log: the x axis doubles at equal distances; every x is above 0.
         unit_square: both axes go from 0 to 1, with the diagonal drawn.
         table: the numbers in words; by default those of the series.
     """
@@ -94,6 +95,7 @@ class Chart:
     series: Sequence[Series]
     note: str = ""
     marks: Sequence[tuple[float, str]] = ()
+    x_log: bool = False
     unit_square: bool = False
     table: Table | None = None
 
@@ -102,6 +104,8 @@ class Chart:
             raise ValueError(
                 f"chart {self.title!r}: expected at least one finite value; leave the chart out"
             )
+        if self.x_log and any(x <= 0 for series in self.series for x in series.x):
+            raise ValueError(f"chart {self.title!r}: expected x above 0 on a logarithmic axis")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,6 +31,8 @@ def save_chart(path: Path, chart: Chart) -> None:
             axes.fill_between(series.x, series.low, series.high, color=line.get_color(), alpha=0.2)
     for place, _ in chart.marks:
         axes.axvline(place, color="0.6", linewidth=0.8)
+    if chart.x_log:
+        axes.set_xscale("log", base=2)
     if chart.unit_square:
         axes.plot([0, 1], [0, 1], color="0.6", linewidth=0.8)
     axes.set(title=chart.title, xlabel=chart.x_label, ylabel=chart.y_label)

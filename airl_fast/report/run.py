@@ -164,7 +164,9 @@ def curve_sections(history: Sequence[Mapping[str, Any]]) -> list[Section]:
             charts.append(_chart(title, label, series, marks))
     rest = sorted({key for metrics in history for key in metrics} - used)
     others = [_chart(key, key, [s], marks) for key in rest if (s := _series(history, key, key))]
-    sections = [Section(title="Learning curves", items=[_last(history), *charts])]
+    begin = ", ".join(f"{name} from step {x:g}" for x, name in marks)
+    text = [f"Dotted lines show where a phase begins: {begin}."] if marks else []
+    sections = [Section(title="Learning curves", text=text, items=[_last(history), *charts])]
     if others:
         sections.append(Section(title="Other metrics of the run", items=others))
     return sections

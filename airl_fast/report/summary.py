@@ -168,7 +168,9 @@ def best_of_n_chart(curves: Mapping[str, Sequence[CurvePoint]]) -> Chart:
                 high=[p.high for p in ordered],
             )
         )
-    return Chart(title="Best of N", x_label="samples N", y_label="accuracy", series=series)
+    return Chart(
+        title="Best of N", x_label="samples N", y_label="accuracy", series=series, x_log=True
+    )
 
 
 def reliability_chart(reliability: Mapping[str, Sequence[ReliabilityBin]]) -> Chart:

@@ -105,17 +105,27 @@ def axis(
     return ticks, ((low, high) if tight else (first * step, last * step))
 
 
+def _doublings(values: Sequence[float]) -> tuple[list[tuple[float, str]], tuple[float, float]]:
+    """Ticks at the powers of two of a logarithmic axis that ends at the data."""
+    low, high = min(values), max(values)
+    powers = range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)
+    every = math.ceil(len(powers) / 10)
+    return [(2.0**k, f"{2.0**k:g}") for k in powers[::every]], (low, high)
+
+
 def _frame(chart: Chart) -> tuple[list[str], _Place, _Place]:
     """Axes, grid and marks; and where a value stands."""
     xs = [x for s in chart.series for x in s.x]
     bounds = [v for s in chart.series for part in (s.y, s.low, s.high) if part for v in part]
     if chart.unit_square:
         xs = bounds = [0.0, 1.0]
-    x_ticks, x_range = axis(xs, tight=True)
+    logs = chart.x_log and min(xs) < max(xs)
+    x_ticks, x_range = _doublings(xs) if logs else axis(xs, tight=True)
     y_ticks, y_range = axis([v for v in bounds if math.isfinite(v)], tight=False)
 
     def px(x: float) -> float:
-        share = (x - x_range[0]) / (x_range[1] - x_range[0])
+        low, high = x_range
+        share = math.log(x / low) / math.log(high / low) if logs else (x - low) / (high - low)
         return LEFT + share * (WIDTH - LEFT - RIGHT)
 
     def py(y: float) -> float:
@@ -137,10 +147,12 @@ def _frame(chart: Chart) -> tuple[list[str], _Place, _Place]:
     )
     turned = f'transform="translate(13 {middle_y}) rotate(-90)"'
     parts.append(f'<text {turned} class="mid">{escape(chart.y_label)}</text>')
-    for place, name in chart.marks:
-        x = min(max(px(place), LEFT), WIDTH - RIGHT)
+    ends = [px(place) for place, _ in chart.marks[1:]] + [WIDTH]
+    for (place, name), end in zip(chart.marks, ends, strict=False):
+        x = px(place)
         parts.append(f'<path class="mark" d="M{x:.1f} {TOP}V{floor}"/>')
-        parts.append(f'<text x="{x + 3:.1f}" y="{TOP - 5}" class="small">{escape(name)}</text>')
+        if end - x > 6.5 * len(name):  # else it would run into the next
+            parts.append(f'<text x="{x + 3:.1f}" y="{TOP - 5}" class="small">{escape(name)}</text>')
     if chart.unit_square:
         parts.append(f'<path class="mark" d="M{px(0):.1f} {py(0):.1f}L{px(1):.1f} {py(1):.1f}"/>')
     return parts, px, py
