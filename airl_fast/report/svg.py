@@ -8,7 +8,7 @@ from airl_fast.report.content import Chart, Series, Table
 from airl_fast.report.text import escape
 
 WIDTH, HEIGHT = 560, 300
-LEFT, RIGHT, TOP, BOTTOM = 58, 12, 18, 44
+LEFT, RIGHT, TOP, BOTTOM = 66, 12, 18, 44
 _STYLES = 6  # colours and dashes; after them they come again
 _DOTS = 60  # a series of more points is drawn without dots
 _ROWS = 200  # a table of more rows shows every second, third, ... of them
