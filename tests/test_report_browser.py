@@ -2,6 +2,7 @@
 
 import random
 import shutil
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -235,6 +236,7 @@ def test_traces_are_filtered_and_sorted(opened):
     assert shown.text(".name") == "2. problem 1"
     shown.page.select_option("[name=filter]", label="error located rightly (2)")
     assert listed() == [1, 5]
+    assert shown.text("[role=status]").startswith("Trace 1 of 2, problem 1")
     shown.page.select_option("[name=filter]", label="of the prompt shown")
     assert listed() == [0, 1]
     shown.page.select_option("[name=filter]", label="all (8)")
@@ -326,6 +328,19 @@ def test_a_thousand_traces_are_not_in_the_document_at_once(opened):
     shown.press("End")
     assert shown.text(".name") == "1000. problem 999"
     assert shown.page.evaluate("document.querySelectorAll('.viewer *').length") < 1000
+
+
+def test_steps_without_tokens_are_whole_among_tokens(opened):
+    full = traces(1).traces[0]
+    bare = replace(full, steps=[replace(step, tokens=()) for step in full.steps])
+    shown = opened(TraceSet(title="t", traces=[full, bare]))
+    shown.page.check("input[value=tokens]")
+    assert len(shown.texts(".token")) == 12
+    shown.page.click("[data-go='1']")
+    assert len(shown.texts(".token")) == 0
+    shown.page.focus(".steps")
+    shown.press("End")
+    assert shown.active(".steps").startswith("Step 4 of 4, reward f − log π ")
 
 
 def test_two_viewers_do_not_disturb_each_other(opened):

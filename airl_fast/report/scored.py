@@ -121,7 +121,7 @@ def _numbers(traces: Sequence[TraceView], measures: Sequence[str]) -> Table:
         hits = sum(t.located == t.error_step for t in known)
         chance = sum(1 / len(t.steps) for t in known) / len(known)
         rows.append(["known errors located", f"{hits:,} of {len(known):,}"])
-        rows.append(["by a guess among the steps, expected", chance * len(known)])
+        rows.append(["by a guess among the steps, expected", f"{chance * len(known):.1f}"])
     return Table(title="In numbers", columns=("what", "value"), rows=rows)
 
 

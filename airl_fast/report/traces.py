@@ -144,7 +144,7 @@ class TraceView:
 class Scale:
     """Colours of one measure at one level: nine shades around ``centre``, full at ``limit``.
 
-    ``limit`` is the 90th percentile of the distance to the centre, so that one outlier does not
+    ``limit`` is the 95th percentile of the distance to the centre, so that one outlier does not
     fade the rest.
     """
 
@@ -158,7 +158,7 @@ class Scale:
         if not values:
             return cls(0.0, 1.0, 3)
         middle = float(np.median(values)) if centre is None else centre
-        limit = float(np.percentile(np.abs(np.asarray(values) - middle), 90)) or 1.0
+        limit = float(np.percentile(np.abs(np.asarray(values) - middle), 95)) or 1.0
         return cls(middle, limit, min(9, max(0, 3 - math.floor(math.log10(limit)))))
 
     def shade(self, value: float) -> int:

@@ -66,8 +66,11 @@ class Viewer {
       this.arrange();
     });
     choose("level", (value) => this.show(value, this.place().step));
-    this.find("[name=filter]").addEventListener("change", () => this.arrange());
-    this.find("[name=sort]").addEventListener("change", () => this.arrange(true));
+    for (const name of ["filter", "sort"])
+      this.find(`[name=${name}]`).addEventListener("change", () => {
+        this.arrange(name === "sort");
+        this.say();
+      });
     this.list.addEventListener("keydown", (event) => this.onListKey(event));
     this.list.addEventListener("click", (event) => {
       const row = event.target.closest("[data-trace]");
@@ -252,7 +255,7 @@ class Viewer {
   step(t, i) {
     const [values, tokens] = t.steps[i];
     const marks = this.marks(t, i);
-    const whole = this.level === "steps";
+    const whole = this.level === "steps" || tokens.every((token) => token.length === 1);
     const text = element("span", { class: "text", dir: "auto" });
     const row = element(
       "div",
