@@ -64,10 +64,12 @@ def viewer(traces: TraceSet, number: int) -> str:
     which = f"the first {len(shown)} of {len(traces.traces):,}" if len(shown) < len(
         traces.traces
     ) else "all of them"  # fmt: skip
-    steps = "".join(_static(trace, traces) for trace in shown)
+    measure = _ordered(traces)[0]
+    scale = traces.scale(measure, "steps")
+    steps = "".join(_static(trace, measure, scale) for trace in shown)
     return (
         f"{frame}<noscript><p>The viewer of traces needs JavaScript. Without it, {which} step by "
-        f"step:</p>{legend(traces)}{steps}</noscript>"
+        f"step:</p>{_legend(measure, scale)}{steps}</noscript>"
     )
 
 
@@ -100,10 +102,8 @@ def summary_table(traces: TraceSet) -> Table:
     )
 
 
-def legend(traces: TraceSet) -> str:
-    """The colours of the first measure at the level of steps, with their values."""
-    measure = _ordered(traces)[0]
-    scale = traces.scale(measure, "steps")
+def _legend(measure: str, scale: Scale) -> str:
+    """The colours with their values."""
     shades = "".join(
         f'<span class="{_shade(k)}">{scale.show(scale.centre + scale.limit * k / SHADES)}</span>'
         for k in range(-SHADES, SHADES + 1)
@@ -120,9 +120,7 @@ def _shade(k: int) -> str:
     return f"n{-k}" if k < 0 else f"p{k}" if k else "z"
 
 
-def _static(trace: TraceView, traces: TraceSet) -> str:
-    measure = _ordered(traces)[0]
-    scale: Scale = traces.scale(measure, "steps")
+def _static(trace: TraceView, measure: str, scale: Scale) -> str:
     rows = []
     for i, step in enumerate(trace.steps):
         value = step.values[measure]

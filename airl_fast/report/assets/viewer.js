@@ -3,19 +3,14 @@
 // One viewer of traces for each block of data. Only the trace that is shown and one page of the
 // list are in the document. Text from outside goes in as text, never as markup.
 
-const PAGE = 20; // traces in the list at a time
-const SHADES = 4;
+const [PAGE, SHADES] = [20, 4]; // traces in the list at a time; shades on either side
 // Control characters, those that reorder what follows, and halves of surrogate pairs, as in text.py.
 const HIDDEN = /[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]|\p{Cs}/gu;
 
 const visible = (text) =>
   text.replace(HIDDEN, (c) => `⟨U+${c.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0")}⟩`);
 
-const ANSWERS = new Map([
-  [true, ["✓", "correct"]],
-  [false, ["✗", "wrong"]],
-  [null, ["·", "not labelled"]],
-]);
+const ANSWERS = { true: ["✓", "correct"], false: ["✗", "wrong"], null: ["·", "not labelled"] };
 
 function element(tag, { text, ...attributes } = {}, ...children) {
   const made = document.createElement(tag);
@@ -40,7 +35,8 @@ class Viewer {
     this.level = "steps";
     this.trace = 0; // in this.traces
     this.order = []; // of the traces that the filter keeps
-    this.unit = 0; // the active step or token
+    this.units = []; // its steps or tokens
+    this.unit = 0; // the active one
     this.list = this.find(".list");
     this.box = this.find(".steps");
     this.listen();
@@ -65,7 +61,7 @@ class Viewer {
       this.fillSorts();
       this.arrange();
     });
-    choose("level", (value) => this.show(value, this.place().step));
+    choose("level", (value) => this.show(value, this.units[this.unit].step));
     for (const name of ["filter", "sort"])
       this.find(`[name=${name}]`).addEventListener("change", () => {
         this.arrange(name === "sort");
@@ -118,17 +114,16 @@ class Viewer {
     const m = this.measure;
     const label = this.data.measures[m][1];
     const lowest = (t) => Math.min(...t.steps.map(([values]) => values[m]));
-    const total = (t) => t.values[m];
-    this.sorts = [["as given", () => 0]];
-    if (this.traces.every((t) => total(t) !== null))
-      this.sorts.push(
-        [`lowest ${label} first`, total],
-        [`highest ${label} first`, (t) => -total(t)],
-      );
-    this.sorts.push(
+    const whole = [
+      [`lowest ${label} first`, (t) => t.values[m]],
+      [`highest ${label} first`, (t) => -t.values[m]],
+    ];
+    this.sorts = [
+      ["as given", () => 0],
+      ...(this.traces.every((t) => t.values[m] !== null) ? whole : []),
       [`lowest step by ${label} first`, lowest],
       ["most steps first", (t) => -t.steps.length],
-    );
+    ];
     const select = this.find("[name=sort]");
     const chosen = Math.max(0, select.selectedIndex);
     select.replaceChildren(...this.sorts.map(([name], i) => element("option", { value: i, text: name })));
@@ -140,18 +135,17 @@ class Viewer {
     const key = this.sorts[this.find("[name=sort]").value][1];
     const kept = this.traces.map((t, i) => [key(t), i]).filter(([, i]) => keep(this.traces[i]));
     this.order = kept.sort((a, b) => a[0] - b[0] || a[1] - b[1]).map(([, i]) => i);
-    if (first || !this.order.includes(this.trace)) this.unit = 0;
-    const step = this.unit && this.place().step;
-    if (first || !this.order.includes(this.trace)) this.trace = this.order[0];
+    const stays = !first && this.order.includes(this.trace);
+    if (!stays) this.trace = this.order[0];
     this.showList();
-    this.show(this.level, step);
+    this.show(this.level, stays ? this.units[this.unit]?.step || 0 : 0);
   }
 
   // The list
 
   showList() {
     const at = this.order.indexOf(this.trace);
-    const from = Math.floor(at / PAGE) * PAGE;
+    const from = at - (at % PAGE);
     const rows = this.order.slice(from, from + PAGE).map((index, i) => this.row(index, from + i));
     this.list.replaceChildren(...rows);
     const row = this.list.querySelector("[aria-selected=true]");
@@ -169,11 +163,10 @@ class Viewer {
 
   row(index, position) {
     const t = this.traces[index];
-    const [mark, answer] = ANSWERS.get(t.correct);
+    const [mark, answer] = ANSWERS[t.correct];
     const total = t.values[this.measure];
     const [, label] = this.data.measures[this.measure];
-    const said = [`${index + 1}`, t.title, answer];
-    if (total !== null) said.push(`${label} ${this.number(total)}`);
+    const value = total === null ? "" : `, ${label} ${this.number(total)}`;
     return element(
       "div",
       {
@@ -183,7 +176,7 @@ class Viewer {
         "aria-selected": index === this.trace,
         "aria-posinset": position + 1,
         "aria-setsize": this.order.length,
-        "aria-label": visible(said.join(", ")),
+        "aria-label": visible(`${index + 1}, ${t.title}, ${answer}${value}`),
       },
       element("span", { class: "answer", text: mark }),
       element("span", { class: "title", text: t.title }),
@@ -242,7 +235,7 @@ class Viewer {
   facts(t) {
     const tokens = t.steps.reduce((n, [, pieces]) => n + pieces.filter((p) => p.length > 1).length, 0);
     const size = `${t.steps.length} steps${tokens ? `, ${tokens} tokens` : ""}`;
-    const facts = [ANSWERS.get(t.correct).join(" "), size];
+    const facts = [ANSWERS[t.correct].join(" "), size];
     if (t.source) facts.push(`from ${t.source}`);
     this.data.measures.forEach(([, label], m) => {
       if (t.values[m] !== null) facts.push(`${label} ${this.number(t.values[m], m)}`);
@@ -310,13 +303,14 @@ class Viewer {
   sentence(i) {
     const { step, token, piece, values } = this.units[i];
     const t = this.traces[this.trace];
-    const [shown, decimals] = [this.data.measures.map(([, label]) => label), this.level];
     const parts = [`Step ${step + 1} of ${t.steps.length}`];
     if (token !== undefined) {
-      const text = piece === "" ? "no characters of its own" : `“${visible(piece).replaceAll("\n", "↵")}”`;
-      parts.push(`token ${token + 1}: ${text}`);
+      const text = `“${visible(piece).replaceAll("\n", "↵")}”`;
+      parts.push(`token ${token + 1}: ${piece === "" ? "no characters of its own" : text}`);
     }
-    values.forEach((value, m) => parts.push(`${shown[m]} ${this.number(value, m, decimals)}`));
+    this.data.measures.forEach(([, label], m) =>
+      parts.push(`${label} ${this.number(values[m], m, token === undefined ? "steps" : "tokens")}`),
+    );
     return [...parts, ...this.marks(t, step)].join(", ");
   }
 
@@ -331,16 +325,11 @@ class Viewer {
     }
     const scale = this.find(".scale");
     scale.replaceChildren(element("span", { class: "of", text: label }), ...shades);
-    const low = this.number(centre - limit, this.measure, this.level);
-    const high = this.number(centre + limit, this.measure, this.level);
-    scale.setAttribute("aria-label", `Colours: ${label}, orange and underlined to ${low}, blue from ${high}`);
+    const [low, high] = [shades[0].textContent, shades.at(-1).textContent];
+    scale.setAttribute("aria-label", `Colours: ${label}, orange ${low}, to blue ${high}`);
   }
 
   // The active step or token
-
-  place() {
-    return this.units[this.unit];
-  }
 
   goToStep(step, scroll = true) {
     const at = this.units.findIndex((unit) => unit.step >= step);
@@ -348,8 +337,7 @@ class Viewer {
   }
 
   activate(i, scroll = true) {
-    const before = this.units[this.unit];
-    if (before) before.node.setAttribute("aria-selected", "false");
+    this.units[this.unit]?.node.setAttribute("aria-selected", "false");
     this.unit = i;
     const { node } = this.units[i];
     node.setAttribute("aria-selected", "true");
@@ -369,29 +357,25 @@ class Viewer {
 
   onStepKey(event) {
     if (event.altKey || event.ctrlKey || event.metaKey) return;
-    const { step } = this.place();
+    const { step } = this.units[this.unit];
     const last = this.units.length - 1;
-    const before = () => this.units.findIndex((unit) => unit.step === this.units[Math.max(0, this.startOf(step) - 1)].step);
-    const after = () => this.units.findIndex((unit) => unit.step > step);
+    const start = this.units.findIndex((unit) => unit.step === step);
+    const other = this.level === "steps" && this.data.scales.tokens ? "tokens" : "steps";
     const act = {
       ArrowLeft: () => this.activate(Math.max(0, this.unit - 1)),
       ArrowRight: () => this.activate(Math.min(last, this.unit + 1)),
-      ArrowUp: () => this.activate(before()),
-      ArrowDown: () => this.activate(after() < 0 ? this.unit : after()),
+      ArrowUp: () => this.goToStep(this.units[Math.max(0, start - 1)].step),
+      ArrowDown: () => this.goToStep(step + 1),
       Home: () => this.activate(0),
       End: () => this.activate(last),
       PageUp: () => this.move(-1),
       PageDown: () => this.move(1),
-      Enter: () => this.show(this.level === "steps" && this.data.scales.tokens ? "tokens" : "steps", step),
+      Enter: () => this.show(other, step),
       Escape: () => (this.level === "tokens" ? this.show("steps", step) : this.list.focus()),
     }[event.key];
     if (!act) return;
     act();
     event.preventDefault();
-  }
-
-  startOf(step) {
-    return this.units.findIndex((unit) => unit.step === step);
   }
 
   say() {
