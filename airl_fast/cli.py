@@ -112,6 +112,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_eval(add("eval", _eval, "measure a reward on traces with known faults", _EVAL))
     _add_server(add("serve", _serve, "answer requests for rewards over HTTP", _SERVE))
 
+    report = add("report", _report, "write a run, scored traces and results as one page", _REPORT)
+    _add_report(report)
     add("doctor", _doctor, "say what this machine and this installation have", _DOCTOR)
     add("recipes", _recipes, "list the configurations that ship with the package", _RECIPES)
     add_options(add("bench", run_bench, "measure the operators, from the repository", EPILOG))
@@ -174,6 +176,22 @@ def _add_server(command: argparse.ArgumentParser) -> None:
         help="requests that may wait (default: %(default)s)")  # fmt: skip
     add("--timeout", type=float, default=120.0, metavar="SECONDS",
         help="until a request is given up (default: %(default)s)")  # fmt: skip
+
+
+def _add_report(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("directory", type=Path, nargs="?", metavar="DIR", help="folder of a run")
+    add("--output", type=Path, metavar="FILE.html", help="default: DIR/report.html")
+    add("--scores", type=Path, metavar="SCORES.jsonl", help="what `airl-fast score` wrote")
+    add("--traces", type=Path, metavar="TRACES.jsonl",
+        help="what it read, with labels if there are any")  # fmt: skip
+    add("--located", type=Path, metavar="STEPS.jsonl",
+        help="what `airl-fast locate` wrote of the same traces")  # fmt: skip
+    add("--eval", type=Path, dest="evaluation", metavar="METRICS.json",
+        help="results of an evaluation")  # fmt: skip
+    add("--title", help="of the page")
+    add("--max-traces", type=int, default=1000, metavar="N",
+        help="traces in the viewer (default: %(default)s)")  # fmt: skip
 
 
 class _TrainHelp(argparse.Action):
@@ -313,6 +331,21 @@ def _serve(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _report(arguments: argparse.Namespace) -> int:
+    from airl_fast.report import report_run
+
+    folder, output = arguments.directory, arguments.output
+    if output is None and folder is None:
+        raise ValueError("nowhere to write: give a run's folder, or --output FILE.html")
+    output = output or folder / "report.html"
+    options = ("scores", "traces", "located", "evaluation", "title", "max_traces")
+    given = {name: getattr(arguments, name) for name in options}
+    for text in report_run(output, folder=folder, **given):
+        print(f"airl-fast: {text}", file=sys.stderr)
+    print(output)
+    return 0
+
+
 def _doctor(_: argparse.Namespace) -> int:
     import rich
 
@@ -416,6 +449,17 @@ docs/serving.md has the requests and answers.
 
 example:
   airl-fast serve runs/demo --port 8000
+"""
+_REPORT = """\
+One HTML file that holds everything it shows: learning curves, distributions of rewards, results
+of an evaluation, and a viewer that colours traces by reward. Files of traces go together line for
+line; a line may also say "correct", "label" (as in ProcessBench), "group", "source" and "title".
+
+example:
+  airl-fast score runs/arithmetic traces.jsonl --output scores.jsonl
+  airl-fast locate runs/arithmetic traces.jsonl --output steps.jsonl
+  airl-fast report runs/arithmetic --scores scores.jsonl --traces traces.jsonl \\
+      --located steps.jsonl
 """
 _DOCTOR = """\
 Prints versions, devices, the backend of every operator and why, and what each missing extra

@@ -12,12 +12,13 @@ from airl_fast.evaluation import bootstrap_interval, paired_bootstrap
 from airl_fast.report import (
     Cell,
     Chart,
-    ColouredTrace,
     Estimate,
     Section,
     Series,
+    StepView,
     Table,
     TraceSet,
+    TraceView,
     write_report,
 )
 
@@ -117,17 +118,7 @@ def write_results(output_dir: Path, results: Results, runs: Mapping[str, Path]) 
     accuracy, ranking, locating = tables(results)
     traces = TraceSet(
         title="f of each step of correct traces with one planted error",
-        traces=[
-            ColouredTrace(
-                title=f"problem {i + 1}",
-                prompt=trace["prompt"],
-                spans=list(zip(trace["spans"], trace["f"], strict=True)),
-                wrong=trace["error"],
-            )
-            for i, trace in enumerate(results.traces)
-        ],
-        label="f",
-        centre=_centre([value for trace in results.traces for value in trace["f"]]),
+        traces=[_view(trace, i) for i, trace in enumerate(results.traces, start=1)],
     )
     write_report(
         output_dir / "report.html",
@@ -171,9 +162,21 @@ def _text(cell: Any) -> str:
     return f"{cell:.3f}" if isinstance(cell, float) else str(cell)
 
 
-def _centre(values: Sequence[float]) -> float:
-    """The median: half of the steps are redder than it, half bluer."""
-    return sorted(values)[len(values) // 2]
+def _view(trace: Mapping[str, Any], number: int) -> TraceView:
+    """A trace with its planted error; the last span repeats the answer and is no step to locate."""
+    f = trace["f"]
+    return TraceView(
+        title=f"problem {number}",
+        prompt=trace["prompt"],
+        steps=[
+            StepView(text=text, values={"f": value})
+            for text, value in zip(trace["spans"], f, strict=True)
+        ],
+        values={"f": sum(f)},
+        correct=False,
+        error_step=trace["error"],
+        located=f.index(min(f[:-1])),
+    )
 
 
 def _charts(runs: Mapping[str, Path]) -> list[Chart]:
