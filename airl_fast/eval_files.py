@@ -111,12 +111,13 @@ def _encoded(
     dropped: Counter[str],
 ) -> tuple[list[_Trace], list[EncodedPair]]:
     """Encode every completion of every row, but for those that are too long."""
-    traces, pairs = [], []
+    traces: list[_Trace] = []
+    pairs: list[EncodedPair] = []
     prompts: dict[str, int] = {}
     for item in items:
         number = prompts.setdefault(json.dumps(item.prompt, sort_keys=True), len(prompts))
-        steps = isinstance(item, Steps)
-        for i, completion in enumerate([list(item.steps)] if steps else item.completions):
+        found: list[Any] = [list(item.steps)] if isinstance(item, Steps) else list(item.completions)
+        for i, completion in enumerate(found):
             long = max_tokens is not None and _least(scorer, item, completion) > max_tokens
             if not long:
                 try:
