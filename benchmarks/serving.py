@@ -233,6 +233,7 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=64, metavar="N", help="different pairs")
     parser.add_argument("--output", type=Path, metavar="DIR", help="gets results.json and .md")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server ends, too
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         end = serving_cases.save_reward(folder, arguments.model, arguments.head)

@@ -4,7 +4,7 @@
 
 The trunk is a plain transformers model; ``linear_logprob`` reads log-probabilities off its hidden
 states, ``linear_policy_loss`` makes the clipped loss and its gradients in one sweep over the head.
-The reward is a toy: completions should repeat their prompt's last token.
+The reward is a toy: the share of a completion's tokens that are below 8, of 32.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from airl_fast import group_advantages, linear_logprob, linear_policy_loss
 
-PROMPTS, GROUP, LENGTH, VOCABULARY = 8, 8, 6, 32
+PROMPTS, GROUP, LENGTH, VOCABULARY = 4, 8, 6, 32
 
 
 def sample(model: LlamaForCausalLM, prompts: torch.Tensor) -> torch.Tensor:
@@ -44,7 +44,7 @@ def main(steps: int) -> list[float]:
         max_position_embeddings=32,
     )
     model = LlamaForCausalLM(config)
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     head = model.lm_head.weight  # [V, D]
     history = []
     for step in range(steps):
@@ -52,8 +52,8 @@ def main(steps: int) -> list[float]:
         with torch.no_grad():
             ids = sample(model, prompts)
             hidden, targets = states(model, ids)
-            old_logp, entropy = linear_logprob(hidden, head, targets, return_entropy=True)
-        reward = (ids[:, -LENGTH:] == prompts[:, -1:]).float().mean(1)  # [B]
+            old_logp = linear_logprob(hidden, head, targets)
+        reward = (ids[:, -LENGTH:] < 8).float().mean(1)  # [B]
         advantages = group_advantages(reward, torch.arange(len(ids)) // GROUP)  # [B]
         history.append(reward.mean().item())
 
@@ -72,11 +72,14 @@ def main(steps: int) -> list[float]:
             loss.backward()  # gradients were made in the forward sweep
             optimizer.step()
         if step % 10 == 0 or step == steps - 1:
-            print(f"step {step}: reward {history[-1]:.3f}, entropy {entropy.mean().item():.3f}")
+            print(
+                f"step {step}: reward {history[-1]:.3f}, entropy {stats.entropy_mean.item():.3f}, "
+                f"clipped {stats.clip_fraction.item():.1%}"
+            )
     return history
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=60, help="default %(default)s")
+    parser.add_argument("--steps", type=int, default=30, help="default %(default)s")
     main(parser.parse_args().steps)

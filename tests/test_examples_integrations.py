@@ -15,10 +15,10 @@ def test_own_trainer_learns(capsys):
     spec = importlib.util.spec_from_file_location("own_trainer", EXAMPLES / "own_trainer.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    rewards = module.main(steps=60)
-    assert sum(rewards[:5]) / 5 < 0.15  # one token in 32, and noise
-    assert sum(rewards[-5:]) / 5 > 0.5
-    assert "step 59: reward" in capsys.readouterr().out
+    rewards = module.main(steps=30)
+    assert sum(rewards[:3]) / 3 < 0.45  # a quarter of all tokens, and noise
+    assert sum(rewards[-5:]) / 5 > 0.7
+    assert "step 29: reward" in capsys.readouterr().out
 
 
 def test_trl_grpo():

@@ -70,9 +70,7 @@ def manager_class(monkeypatch):
     home = "verl.experimental.reward_loop.reward_manager.base"
     names = home.split(".")
     for i in range(1, len(names) + 1):
-        monkeypatch.setitem(
-            sys.modules, ".".join(names[:i]), types.ModuleType(".".join(names[:i]))
-        )
+        monkeypatch.setitem(sys.modules, ".".join(names[:i]), types.ModuleType(".".join(names[:i])))
     sys.modules[home].RewardManagerBase = Base
     verl.reward_manager_class.cache_clear()
     yield verl.AIRLRewardManager
@@ -113,9 +111,7 @@ def test_the_manager_as_compute_rm_score_calls_it(manager_class, truth):
         reward_router_address=None,
         reward_model_tokenizer=None,
     )
-    data, prompts, sampled = batch_of(
-        truth, [PROMPT, "a dog and"], [COMPLETION, "x1 yz"]
-    )
+    data, prompts, sampled = batch_of(truth, [PROMPT, "a dog and"], [COMPLETION, "x1 yz"])
 
     async def all_rows():
         rows = (manager.run_single(data[i : i + 1]) for i in range(len(data)))
@@ -179,7 +175,7 @@ def test_the_manager_needs_verl_and_the_policys_tokenizer(manager_class, truth):
         del sys.modules[name]
     verl.reward_manager_class.cache_clear()
     if importlib.util.find_spec("verl") is None:
-        with pytest.raises(ImportError, match="needs verl 0.9"):
+        with pytest.raises(ImportError, match=r"needs verl 0\.9"):
             verl.AIRLRewardManager  # noqa: B018
     with pytest.raises(AttributeError, match="no attribute 'Manager'"):
         verl.Manager  # noqa: B018
