@@ -277,7 +277,7 @@ def _use(arguments: argparse.Namespace, run: Callable[..., None], **options: Any
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    from airl_fast.eval_files import evaluate_file
+    from airl_fast.evaluation.files import evaluate_file
 
     name = arguments.input.name.split(".")[0]
     target = arguments.output or arguments.directory / "eval" / name

@@ -21,7 +21,7 @@ from airl_fast.evaluation import (
     majority_vote,
     paired_bootstrap,
 )
-from airl_fast.evaluation_separation import pooled_auc, resampled, within_auc
+from airl_fast.evaluation.separation import pooled_auc, resampled, within_auc
 from studies.mmlu_pro_data import EXPERT, MODELS, Asked
 
 _SEED = 0

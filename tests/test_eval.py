@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from airl_fast import RewardScorer, cli
-from airl_fast.evaluate import JudgedTrace, measure
+from airl_fast.evaluation.measure import JudgedTrace, measure
 from tests.tiny_run import tiny_run  # noqa: F401
 
 PROMPT = "68+4+2+9-6="
@@ -169,6 +169,13 @@ def test_command_writes_numbers_a_table_and_plots(tiny_run, tmp_path, capsys):  
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
     png = (tmp_path / "out" / "best_of_n.png").read_bytes()
     assert png[:8] == b"\x89PNG\r\n\x1a\n"
+    page = tmp_path / "report.html"
+    assert run("report", "--eval", tmp_path / "out" / "metrics.json", "--output", page) == 0
+    html = page.read_text("utf-8")
+    auc = metrics["auc"]["by_score"]["f"]["pooled"]["value"]
+    assert "AUC of f within a prompt" in html
+    assert f"{auc:.3f}" in html
+    assert "vote weighted by f" in html
 
 
 def test_command_on_processbench(tiny_run, tmp_path, capsys):  # noqa: F811

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from airl_fast.evaluation import auc
-from airl_fast.evaluation_calibration import (
+from airl_fast.evaluation.calibration import (
     Platt,
     cross_validated,
     platt_fit,
     prompt_folds,
     reliability,
 )
-from airl_fast.evaluation_separation import (
+from airl_fast.evaluation.separation import (
     correlation,
     difference_at_equal,
     partial_correlation,
@@ -21,7 +21,7 @@ from airl_fast.evaluation_separation import (
     resampled,
     within_auc,
 )
-from airl_fast.evaluation_steps import (
+from airl_fast.evaluation.steps import (
     best_threshold,
     cross_validated_first_error,
     error_ranks,

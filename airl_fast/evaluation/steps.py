@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from airl_fast.evaluation import Array
-from airl_fast.evaluation_calibration import prompt_folds
+from airl_fast.evaluation.calibration import prompt_folds
+from airl_fast.evaluation.numbers import Array
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from airl_fast.evaluation import Array, auc, bootstrap_interval
+from airl_fast.evaluation.numbers import Array, auc, bootstrap_interval
 
 Index = NDArray[np.int64]
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from airl_fast.encoding import EncodedPair
-from airl_fast.eval_table import markdown
-from airl_fast.evaluate import JudgedTrace, measure
+from airl_fast.evaluation.measure import JudgedTrace, measure
+from airl_fast.evaluation.summary import summarise
+from airl_fast.evaluation.table import markdown
 from airl_fast.readers import Candidates, Format, Reading, Steps
 from airl_fast.tasks.answers import canonical, find_answer
 from airl_fast.tasks.choices import find_choice
@@ -63,14 +64,15 @@ def evaluate_file(
         say: shows progress and what was left out.
 
     Returns:
-        The metrics, as written: those of ``evaluate.measure``, with ``source`` and ``dropped``.
+        The metrics, as written: those of ``measure``, with ``source``, ``dropped``, and the section
+        that ``airl-fast report --eval`` shows of them.
 
     Raises:
         ValueError: a malformed row or one that cannot be scored, with its line; nothing to
             measure; or plots without matplotlib.
     """
     if plots:
-        from airl_fast.eval_plots import require
+        from airl_fast.evaluation.plots import require
 
         require()
     reading = Reading(source, format)
@@ -82,6 +84,7 @@ def evaluate_file(
     scorer = load()
     traces, pairs = _encoded(scorer, items, end_of_text, max_tokens, dropped)
     judged = list(_judged(scorer, traces, pairs, say))
+    measured = measure(judged, seed=seed)
     metrics = {
         "source": {"file": source.name, "format": format, "rows": reading.rows, "seed": seed},
         "trained": {
@@ -90,14 +93,15 @@ def evaluate_file(
             "task": scorer.trained.task,
         },
         "dropped": dict(dropped),
-        **measure(judged, seed=seed),
+        **measured,
+        "report": summarise(source.name, measured, judged).to_json(),
     }
     metrics = _finite(metrics)
     target.mkdir(parents=True, exist_ok=True)
     _write(target / "metrics.json", json.dumps(metrics, indent=1, allow_nan=False) + "\n")
     _write(target / "metrics.md", markdown(metrics))
     if plots:
-        from airl_fast.eval_plots import draw
+        from airl_fast.evaluation.plots import draw
 
         draw(metrics, target)
     return metrics

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from airl_fast.evaluation import Array
+from airl_fast.evaluation.numbers import Array
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from airl_fast.evaluation import (
+from airl_fast.evaluation.calibration import cross_validated, reliability
+from airl_fast.evaluation.numbers import (
     Array,
     best_of_n,
     bootstrap_interval,
@@ -25,8 +26,7 @@ from airl_fast.evaluation import (
     pass_at_k,
     weighted_vote,
 )
-from airl_fast.evaluation_calibration import cross_validated, reliability
-from airl_fast.evaluation_separation import (
+from airl_fast.evaluation.separation import (
     Measured,
     correlation,
     difference_at_equal,
@@ -35,7 +35,7 @@ from airl_fast.evaluation_separation import (
     resampled,
     within_auc,
 )
-from airl_fast.evaluation_steps import cross_validated_first_error, error_ranks, first_error
+from airl_fast.evaluation.steps import cross_validated_first_error, error_ranks, first_error
 
 REWARD = "f"  # what the library ranks and locates with
 _SUBSETS = 200  # most subsets of a prompt's completions that a vote is averaged over
