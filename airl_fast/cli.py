@@ -1,4 +1,4 @@
-"""The command ``airl-fast``: demo, train, score, rerank, locate, doctor, recipes, bench.
+"""The command ``airl-fast``: demo, train, score, rerank, locate, calibrate, doctor and others.
 
 Commands import what they need when they run, so that ``airl-fast --help`` is immediate. What a
 user can put right is one line on standard error and exit status 2; whatever else fails keeps its
@@ -106,7 +106,18 @@ def _parser() -> argparse.ArgumentParser:
     _add_reader(rerank)
     rerank.add_argument("--by", choices=("f", "reward"), default="f",
                         help="f, or the AIRL reward f - log pi (default: %(default)s)")  # fmt: skip
+    rerank.add_argument("--method", choices=("best", "weighted", "majority"), default="best",
+                        help="how one is chosen (default: %(default)s)")  # fmt: skip
+    rerank.add_argument("--temperature", type=float, default=1.0, metavar="T",
+                        help="of the softmax of --method weighted (default: %(default)s)")  # fmt: skip
     _add_reader(add("locate", _locate, "find the step most likely to be wrong", _LOCATE))
+    calibrate = add("calibrate", _calibrate, "teach locate when to say that no step is wrong",
+                    _CALIBRATE)  # fmt: skip
+    _add_reader(calibrate, output=False)
+    calibrate.add_argument("--folds", type=int, default=5, metavar="N",
+                           help="of the cross-validation (default: %(default)s)")  # fmt: skip
+    calibrate.add_argument("--seed", type=int, default=0, metavar="N",
+                           help="of the folds (default: %(default)s)")  # fmt: skip
 
     add("doctor", _doctor, "say what this machine and this installation have", _DOCTOR)
     add("recipes", _recipes, "list the configurations that ship with the package", _RECIPES)
@@ -114,16 +125,28 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_reader(command: argparse.ArgumentParser) -> None:
-    """Add what score, rerank and locate share."""
+def _add_reader(command: argparse.ArgumentParser, output: bool = True) -> None:
+    """Add what score, rerank, locate and calibrate share."""
     add = command.add_argument
     add("directory", type=Path, metavar="DIR", help="folder of a finished run, or its reward/")
     add("input", type=Path, metavar="INPUT.jsonl", help="one JSON object a line")
-    add("--output", type=Path, metavar="OUT.jsonl", help="default: standard output")
+    if output:
+        add("--output", type=Path, metavar="OUT.jsonl", help="default: standard output")
     add("--policy", metavar="NAME|DIR", help="policy of the AIRL form (default: DIR/policy)")
     add("--device", default="cpu", help="such as cpu or cuda (default: %(default)s)")
+    add(
+        "--passes",
+        choices=("alone", "packed"),
+        help="a pass for every prompt and completion: the same bits however rows are grouped; or "
+        "one for as many as --token-budget holds (default: alone on a CPU, packed elsewhere)",
+    )
     add("--token-budget", type=int, default=16384, metavar="N",
-        help="tokens of a forward pass (default: %(default)s)")  # fmt: skip
+        help="tokens of a packed pass (default: %(default)s)")  # fmt: skip
+    add(
+        "--merge-steps",
+        action="store_true",
+        help="with a policy of another tokenizer: join steps that it does not end with the next",
+    )
     add("--no-end-of-text", dest="end_of_text", action="store_false",
         help="completions are not finished: append no end-of-text token")  # fmt: skip
 
@@ -193,7 +216,13 @@ def _score(arguments: argparse.Namespace) -> int:
 def _rerank(arguments: argparse.Namespace) -> int:
     from airl_fast.score_files import rerank_file
 
-    return _use(arguments, rerank_file, by=arguments.by)
+    return _use(
+        arguments,
+        rerank_file,
+        by=arguments.by,
+        method=arguments.method,
+        temperature=arguments.temperature,
+    )
 
 
 def _locate(arguments: argparse.Namespace) -> int:
@@ -202,7 +231,29 @@ def _locate(arguments: argparse.Namespace) -> int:
     return _use(arguments, locate_file)
 
 
+def _calibrate(arguments: argparse.Namespace) -> int:
+    from airl_fast.score_files import calibrate_file
+
+    made = calibrate_file(
+        _loader(arguments),
+        arguments.directory,
+        arguments.input,
+        end_of_text=arguments.end_of_text,
+        folds=arguments.folds,
+        seed=arguments.seed,
+    )
+    print(made.summary())
+    return 0
+
+
 def _use(arguments: argparse.Namespace, run: Callable[..., None], **options: Any) -> int:
+    end_of_text = arguments.end_of_text
+    load = _loader(arguments)
+    run(load, arguments.input, arguments.output, end_of_text=end_of_text, **options)
+    return 0
+
+
+def _loader(arguments: argparse.Namespace) -> Callable[[], RewardScorer]:
     _hush()
 
     def load() -> RewardScorer:
@@ -212,12 +263,12 @@ def _use(arguments: argparse.Namespace, run: Callable[..., None], **options: Any
             arguments.directory,
             policy=arguments.policy,
             device=arguments.device,
+            passes=arguments.passes,
             token_budget=arguments.token_budget,
+            merge_steps=arguments.merge_steps,
         )
 
-    end_of_text = arguments.end_of_text
-    run(load, arguments.input, arguments.output, end_of_text=end_of_text, **options)
-    return 0
+    return load
 
 
 def _doctor(_: argparse.Namespace) -> int:
@@ -284,21 +335,35 @@ example:
 """
 _RERANK = f"""\
 A line: {{"prompt": "2+3=", "completions": ["2+3=5;#5.", "2+3=6;#6."]}}. {_INPUTS} One line
-comes out for each, in order: "order" (indices of the completions, best first) and their "scores"
-in that order. "id" is passed on.
+comes out for each, in order: "order" (indices of the completions, best first), their "scores" in
+that order, and the "answer" of the winner. "id" is passed on. --method weighted adds up softmax
+weights per answer, majority counts answers and lets the reward decide ties; both give every
+answer's "weight" in "votes". Answers are read as in the task that the reward was trained for,
+unless the line has "answers" (texts or null, one for each completion).
 
-example:
+examples:
   airl-fast rerank runs/demo samples.jsonl --output ranked.jsonl
+  airl-fast rerank runs/demo samples.jsonl --method majority
 """
 _LOCATE = f"""\
 A line: {{"prompt": "2+3=", "completion": "2+3=5;#5."}} or {{"problem": "2+3=", "steps": ["2+3=5;",
 "#5."]}} (as in ProcessBench; joined by newlines where a step does not end as the reward was
-trained). {_INPUTS} One line comes out for each, in order: the 0-based "step" with the lowest f,
-its text and offsets, all steps' scores, and the margin to the second lowest. "id" and "label"
-are passed on.
+trained). {_INPUTS} One line comes out for each, in order: the 0-based "step", its text and
+offsets, all steps' scores, the "lowest", and its margin to the second lowest. "id" and "label" are
+passed on. After `airl-fast calibrate`, "step" is null where no step deviates, and "confidence" is
+the probability that "step" is right; before it, "step" is the lowest and "confidence" null.
 
 example:
   airl-fast locate runs/demo traces.jsonl --output steps.jsonl
+"""
+_CALIBRATE = """\
+Lines as of `airl-fast locate`, with "label": the 0-based first wrong step, or -1 for none (as in
+ProcessBench); ten or more of each kind. Chooses the threshold of the highest ProcessBench F1, fits
+the confidence, judges both by cross-validation, and writes reward/calibration.json, which score
+and locate read from then on.
+
+example:
+  airl-fast calibrate runs/demo labelled.jsonl
 """
 _DOCTOR = """\
 Prints versions, devices, the backend of every operator and why, and what each missing extra
