@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     rerank.add_argument("--method", choices=("best", "weighted", "majority"), default="best",
                         help="how one is chosen (default: %(default)s)")  # fmt: skip
     rerank.add_argument("--temperature", type=float, default=1.0, metavar="T",
-                        help="of the softmax of --method weighted (default: %(default)s)")  # fmt: skip
+                        help="of --method weighted (default: %(default)s)")  # fmt: skip
     _add_reader(add("locate", _locate, "find the step most likely to be wrong", _LOCATE))
     calibrate = add("calibrate", _calibrate, "teach locate when to say that no step is wrong",
                     _CALIBRATE)  # fmt: skip
@@ -134,12 +134,9 @@ def _add_reader(command: argparse.ArgumentParser, output: bool = True) -> None:
         add("--output", type=Path, metavar="OUT.jsonl", help="default: standard output")
     add("--policy", metavar="NAME|DIR", help="policy of the AIRL form (default: DIR/policy)")
     add("--device", default="cpu", help="such as cpu or cuda (default: %(default)s)")
-    add(
-        "--passes",
-        choices=("alone", "packed"),
-        help="a pass for every prompt and completion: the same bits however rows are grouped; or "
-        "one for as many as --token-budget holds (default: alone on a CPU, packed elsewhere)",
-    )
+    add("--passes", choices=("packed", "alone"),
+        help="as many rows a pass as --token-budget holds, or one pass for every prompt and every "
+        "completion (default: alone on a CPU where packing is not exact, else packed)")  # fmt: skip
     add("--token-budget", type=int, default=16384, metavar="N",
         help="tokens of a packed pass (default: %(default)s)")  # fmt: skip
     add(

@@ -48,10 +48,9 @@ class RewardScorer:
         trained: what it was trained for.
         policy: gives log pi; without one there is no ``reward``.
         calibration: what ``locate`` decides by.
-        passes: "alone", each prompt and each completion in a pass of its own: the bits of a
-            score do not depend on what is scored with it. "packed", by token budget: fewer and
-            larger passes, and equal scores up to rounding. None is "alone" on a CPU, where it
-            costs little, and "packed" elsewhere.
+        passes: "packed", as many pairs a pass as the token budget holds; or "alone", each prompt
+            and each completion in a pass of its own. None is "packed", but on a CPU whose matrix
+            products do not allow exact packed passes (reading.py) "alone".
         token_budget: tokens of a packed pass.
         merge_steps: with a policy of another tokenizer, join a step whose end one of the two
             lacks with the next one, instead of refusing the completion.
@@ -59,6 +58,11 @@ class RewardScorer:
     Raises:
         ValueError: the discriminator reads the policy's states and there is none; the policy has
             another tokenizer and the reward was trained on spans that it does not have.
+
+    Attributes:
+        passes: as chosen.
+        invariant: the bits of a score do not depend on what is scored with it, nor on the order;
+            otherwise equal up to rounding.
     """
 
     def __init__(
@@ -84,7 +88,6 @@ class RewardScorer:
         self.policy = policy if policy is None else policy.eval()
         self.trained = trained
         self.calibration = calibration
-        self.passes: Passes = passes or ("alone" if body.device.type == "cpu" else "packed")
         self.token_budget = token_budget
         self.tokenizer = body.tokenizer
         self._body = body
@@ -102,9 +105,10 @@ class RewardScorer:
             discriminator,
             policy,
             temperature=trained.temperature,
-            passes=self.passes,
+            passes=passes,
             token_budget=token_budget,
         )
+        self.passes, self.invariant = self._reader.passes, self._reader.invariant
 
     @classmethod
     def from_pretrained(

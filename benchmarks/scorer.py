@@ -17,8 +17,9 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ _BATCHES = 2, 4, 8, 16
 _HEADS = "lm", "score"
 Values = list[Tensor]  # of each trace, f of its completion's tokens
 Run = Callable[[], Values]
+Peer = Callable[[Sequence[EncodedPair], int], Values]
 
 
 @dataclass
@@ -54,8 +56,11 @@ class Timed:
 
 def main() -> int:
     """Read the options, measure, write results.json and results.md."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.scorer", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.scorer",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("--model", required=True, help="folder or hub name, such as SmolLM2-135M-Instruct")
     add("--data", type=Path, required=True, help="GSM8K as JSON lines: question, answer")
@@ -106,20 +111,7 @@ def measure(
     found = []
     for questions, group in counts:
         pairs = _pairs(scorers["packed"], data, questions, group, seed)
-        runs: dict[str, Run] = {
-            f"airl_fast, {passes}": lambda scorer=scorer: [  # type: ignore[misc]
-                torch.tensor(one.tokens.f) for one in scorer.score_encoded(pairs)
-            ]
-            for passes, scorer in scorers.items()
-        }
-        expected = peer(pairs, 1)
-        runs["transformers, one at a time"] = lambda: peer(pairs, 1)
-        by_length = sorted(range(len(pairs)), key=lambda i: _length(pairs[i]))
-        for name, order in (("as given", list(range(len(pairs)))), ("by length", by_length)):
-            size = _fastest(pairs, order, peer)
-            label = f"transformers, padded {name}, batches of {size}"
-            runs[label] = lambda order=order, size=size: _ordered(pairs, order, size, peer)  # type: ignore[misc]
-        rows = _timed(runs, expected, rounds, seed)
+        rows = _timed(_runs(scorers, peer, pairs), peer(pairs, 1), rounds, seed)
         found.append(
             {
                 "head": head,
@@ -131,6 +123,24 @@ def measure(
             }
         )
     return found
+
+
+def _runs(
+    scorers: Mapping[str, RewardScorer], peer: Peer, pairs: Sequence[EncodedPair]
+) -> dict[str, Run]:
+    def ours(scorer: RewardScorer) -> Values:
+        return [torch.tensor(one.tokens.f) for one in scorer.score_encoded(pairs)]
+
+    runs: dict[str, Run] = {
+        f"airl_fast, {passes}": partial(ours, scorer) for passes, scorer in scorers.items()
+    }
+    runs["transformers, one at a time"] = partial(peer, pairs, 1)
+    by_length = sorted(range(len(pairs)), key=lambda i: _length(pairs[i]))
+    for name, order in (("as given", list(range(len(pairs)))), ("by length", by_length)):
+        size = _fastest(pairs, order, peer)
+        label = f"transformers, padded {name}, batches of {size}"
+        runs[label] = partial(_ordered, pairs, order, size, peer)
+    return runs
 
 
 def _timed(runs: dict[str, Run], expected: Values, rounds: int, seed: int) -> list[Timed]:
@@ -180,9 +190,7 @@ def _scorer(model: str, head: str, passes: Passes, seed: int) -> RewardScorer:
     return RewardScorer(discriminator, trained, passes=passes)
 
 
-def _peer(
-    model: str, head: str, scorer: RewardScorer
-) -> Callable[[Sequence[EncodedPair], int], Values]:
+def _peer(model: str, head: str, scorer: RewardScorer) -> Peer:
     """Padded transformers with the scorer's weights: f of traces, in batches of a size."""
     if head == "lm":
         network: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
@@ -232,7 +240,7 @@ def _pairs(
     return rng.sample(pairs, len(pairs))  # the order in which requests come is no order
 
 
-def _fastest(pairs: Sequence[EncodedPair], order: Sequence[int], peer: Any) -> int:
+def _fastest(pairs: Sequence[EncodedPair], order: Sequence[int], peer: Peer) -> int:
     """The batch size that takes the least time."""
     seconds = {}
     for size in (size for size in _BATCHES if size <= len(pairs)):
@@ -242,7 +250,7 @@ def _fastest(pairs: Sequence[EncodedPair], order: Sequence[int], peer: Any) -> i
     return min(seconds, key=seconds.__getitem__)
 
 
-def _ordered(pairs: Sequence[EncodedPair], order: Sequence[int], size: int, peer: Any) -> Values:
+def _ordered(pairs: Sequence[EncodedPair], order: Sequence[int], size: int, peer: Peer) -> Values:
     found = dict(zip(order, peer([pairs[i] for i in order], size), strict=True))
     return [found[i] for i in range(len(pairs))]
 
