@@ -71,7 +71,7 @@ def calibrate(
     for k in range(folds):
         without = _fit([trace for trace, at in zip(traces, fold, strict=True) if at != k])
         inside = np.flatnonzero(fold == k)
-        right[inside], confidence[inside] = _judged(without, [traces[i] for i in inside])
+        right[inside], confidence[inside] = _judged(without, [traces[i] for i in inside.tolist()])
     return Calibration(
         decider=chosen,
         traces=len(traces),

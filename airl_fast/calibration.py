@@ -160,8 +160,10 @@ class Calibration:
             values = json.loads(path.read_text("utf-8"))
             if values.pop("format") != 1:
                 raise ValueError("another format")
-            curves = {name: Curve(**values["decider"].pop(name)) for name in ("located", "none")}
-            values["decider"] = Decider(**values["decider"], **curves)
+            decider = values["decider"]
+            for name in ("located", "none"):
+                decider[name] = Curve(**decider[name])
+            values["decider"] = Decider(**decider)
             for name in ("fitted", "held_out"):
                 values[name] = Quality(**values[name])
             made = cls(**values)

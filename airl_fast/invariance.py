@@ -66,6 +66,8 @@ def rows_alike(model: nn.Module) -> bool:
     whose rows are few and depend on the batch, or other modules with a matrix.
     """
     seen: set[tuple[int, int]] = set()
+    config: Any = model.config
+    vocabulary = config.get_text_config().vocab_size
     for module in model.modules():
         matrices = [p for p in module.parameters(recurse=False) if p.ndim > 1]
         if not matrices or isinstance(module, nn.Embedding):
@@ -73,7 +75,7 @@ def rows_alike(model: nn.Module) -> bool:
         if not isinstance(module, nn.Linear) or module.weight.device.type != "cpu":
             return False
         shape = (module.out_features, module.in_features)
-        if shape in seen or module.out_features == model.config.get_text_config().vocab_size:
+        if shape in seen or module.out_features == vocabulary:
             continue
         seen.add(shape)
         x = torch.randn(_ROWS, module.in_features, generator=torch.Generator().manual_seed(0)).to(

@@ -37,7 +37,7 @@ from airl_fast.tasks.rows import read_rows
 from benchmarks.environment import describe
 
 _TOLERANCE = 1e-4  # largest error over the largest magnitude
-_BATCHES = 2, 4, 8, 16
+_BATCHES = 2, 4, 8
 _HEADS = "lm", "score"
 Values = list[Tensor]  # of each trace, f of its completion's tokens
 Run = Callable[[], Values]

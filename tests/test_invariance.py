@@ -31,7 +31,7 @@ def scorer_of(name, head="lm", passes=None, policy=True):
     )
 
 
-def requests(scorer, count=14):
+def requests(scorer, count=10):
     rng = random.Random(0)
     pairs = []
     for i in range(count):
@@ -64,7 +64,7 @@ CASES = [
 
 @pytest.mark.parametrize("key", CASES, ids=str)
 @given(data=st.data())
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=4, deadline=None)
 def test_bits_do_not_depend_on_the_grouping(key, data):
     scorer, pairs, expected = known(key)
     assert scorer.invariant
@@ -76,20 +76,20 @@ def test_bits_do_not_depend_on_the_grouping(key, data):
             assert one == expected[i]  # every float of it, bit for bit
 
 
-def test_one_request_repeated_and_threads(monkeypatch):
+def test_repeats_and_more_threads():
     scorer, pairs, expected = known(CASES[0])
-    assert all(one == expected[3] for one in scorer.score_encoded([pairs[3]] * 5))
+    assert all(one == expected[3] for one in scorer.score_encoded([pairs[3]] * 3))
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        together = scorer.score_encoded(pairs)
-        assert all(scorer.score_encoded([pair])[0] == one
-                   for pair, one in zip(pairs, together, strict=True))  # fmt: skip
+        together = scorer.score_encoded(pairs[:4])
+        for first, last in ((0, 1), (1, 4)):
+            assert scorer.score_encoded(pairs[first:last]) == together[first:last]
     finally:
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "mistral", "gpt2", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "gpt2"])
 def test_both_kinds_of_passes_agree(name):
     packed, alone = scorer_of(name, passes="packed"), scorer_of(name, passes="alone")
     pairs = requests(packed)
