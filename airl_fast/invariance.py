@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from airl_fast.ops._cpu_head import TILE_COLUMNS
+
 LEAST_ROWS = 8
 _GRAIN = 32768  # elements below which torch does not cut an elementwise operation in two
 _VECTORS = 32  # floats that its loops take at once, with AVX-512
@@ -75,15 +77,18 @@ def rows_alike(model: nn.Module) -> bool:
         if not isinstance(module, nn.Linear) or module.weight.device.type != "cpu":
             return False
         shape = (module.out_features, module.in_features)
-        if shape in seen or module.out_features == vocabulary:
+        if shape in seen:
             continue
         seen.add(shape)
+        weight, bias = module.weight, module.bias
+        if module.out_features == vocabulary:  # read in tiles
+            weight, bias = weight[:TILE_COLUMNS], None
         x = torch.randn(_ROWS, module.in_features, generator=torch.Generator().manual_seed(0)).to(
             module.weight.dtype
         )
-        whole = nn.functional.linear(x, module.weight)
+        whole = nn.functional.linear(x, weight, bias)
         for first, last in ((0, 8), (11, 24), (_ROWS - 41, _ROWS), (0, 131)):
-            part = nn.functional.linear(x[first:last].clone(), module.weight)
+            part = nn.functional.linear(x[first:last].clone(), weight, bias)
             if not torch.equal(part, whole[first:last]):
                 return False
     return "expert" not in " ".join(name for name, _ in model.named_modules())

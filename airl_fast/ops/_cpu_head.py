@@ -20,6 +20,7 @@ from airl_fast import _C
 from airl_fast.ops import _head
 from airl_fast.ops._head import kept_rows
 
+TILE_COLUMNS = 2048  # of a tile whose columns do not depend on the rows
 _alike: ContextVar[bool] = ContextVar("alike", default=False)
 _HUGE_PAGES = 4 * 2**20  # bytes from which a buffer asks for huge pages (of 2 MiB)
 
@@ -59,7 +60,8 @@ def tile_shape(count: int, vocab: int, width: int) -> tuple[int, int]:
     """
     floats = tile_floats()
     if _alike.get():
-        return even_limit(count, 1024), max(1, min(vocab, 2048, floats // 1024, floats // width))
+        columns = min(vocab, TILE_COLUMNS, floats // 1024, floats // width)
+        return even_limit(count, 1024), max(1, columns)
     rows = even_limit(count, max(1, min(4096, floats // width, floats)))
     return rows, max(1, min(vocab, tile_columns(rows), floats // rows, floats // width))
 
