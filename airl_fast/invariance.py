@@ -80,7 +80,8 @@ def rows_alike(model: nn.Module) -> bool:
         if shape in seen:
             continue
         seen.add(shape)
-        weight, bias = module.weight, module.bias
+        weight: torch.Tensor = module.weight
+        bias: torch.Tensor | None = module.bias
         if module.out_features == vocabulary:  # read in tiles
             weight, bias = weight[:TILE_COLUMNS], None
         x = torch.randn(_ROWS, module.in_features, generator=torch.Generator().manual_seed(0)).to(

@@ -82,8 +82,7 @@ def _placed(
 ) -> Iterator[tuple[int, int, int, int, float, float | None]]:
     """Yield spans as first and last character, first and last token, f and reward."""
     ends = list(accumulate(lengths))
-    for first, end, span_f, span_reward in zip(
-        [0, *ends[:-1]], ends, f, reward or [None] * len(ends), strict=True
-    ):
+    rewards: Sequence[float | None] = [None] * len(ends) if reward is None else reward
+    for first, end, span_f, span_reward in zip([0, *ends[:-1]], ends, f, rewards, strict=True):
         start, stop = pair.offsets[first][0], pair.offsets[end - 1][1]
         yield start, stop, first, end - 1, span_f, span_reward
