@@ -19,6 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from airl_fast import varlen
+from airl_fast.continuing import Continuation, Pass
 from airl_fast.layout import Bucket, PackedLayout, layout_of
 from airl_fast.packing import PackedBatch
 
@@ -40,6 +41,7 @@ def packed_attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     packed_batch: PackedBatch | None = None,
+    alone: Pass | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend within the sequences of a packed batch (transformers' AttentionInterface).
@@ -56,6 +58,7 @@ def packed_attention(
         softcap: scores become ``softcap * tanh(scores / softcap)`` (Gemma 2).
         s_aux: [H] scores of a sink that takes its share of the softmax and adds nothing (gpt-oss).
         packed_batch: the batch, as :func:`packed_forward` passes it.
+        alone: one text instead of a batch, as :func:`continued_forward` passes it.
         kwargs: whatever else the model passes on; what would change the scores is refused.
 
     Returns:
@@ -65,7 +68,7 @@ def packed_attention(
         ValueError: no batch, dropout, or an argument that this attention does not know.
     """
     name = type(module).__name__
-    if packed_batch is None:
+    if packed_batch is None and alone is None:
         raise ValueError(
             f"{name} is set up for packed batches but was given none: call the model through "
             "airl_fast.attention.packed_forward, or inside standard_attention(model) to generate"
@@ -73,16 +76,18 @@ def packed_attention(
     _refuse_what_is_not_honoured(module, dropout, kwargs)
     window = _agreed_window(name, attention_mask, sliding_window)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if alone is not None:
+        key, value = alone.extend(key, value)
+        out = _attend(alone.bucket, query, key, value, scale, window, softcap, s_aux)
+        return out.transpose(1, 2), None
+    assert packed_batch is not None
     if varlen.serves(query, value, softcap, s_aux) is None:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         layout = varlen.varlen_layout_of(packed_batch)
         return varlen.varlen_attention(layout, q, k, v, scale, window)[None], None
     outputs, buckets = [], layout_of(packed_batch)
     for bucket, q, k, v in _gather(buckets, query, key, value):
-        if softcap is None and s_aux is None:
-            out = _sdpa(bucket, q, k, v, scale, window)
-        else:
-            out = _explicit(bucket, q, k, v, scale, window, softcap, s_aux)
+        out = _attend(bucket, q, k, v, scale, window, softcap, s_aux)
         outputs.append(out.transpose(1, 2).flatten(0, 1))  # [n * l, H, Ev]
     return torch.cat(outputs).index_select(0, buckets.restore)[None], None
 
@@ -124,6 +129,21 @@ def _gather(
             ]
         )
     yield from zip(layout.buckets, *gathered, strict=True)
+
+
+def _attend(
+    bucket: Bucket,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    s_aux: Tensor | None,
+) -> Tensor:
+    if softcap is None and s_aux is None:
+        return _sdpa(bucket, q, k, v, scale, window)
+    return _explicit(bucket, q, k, v, scale, window, softcap, s_aux)
 
 
 def _sdpa(
@@ -277,18 +297,13 @@ def packed_forward(
         ValueError: the trunk is not enabled, has a head, or rotates by the longest sequence; the
             embeddings are not one per token.
     """
-    config = _transformers_model(trunk).config.get_text_config()
-    if config._attn_implementation != NAME:
-        raise ValueError(
-            f"{type(trunk).__name__} attends by {config._attn_implementation!r}, which would let "
-            "packed sequences see each other: call enable_packed_attention(model) first"
-        )
+    config = _enabled(trunk)
     if inputs_embeds is not None and inputs_embeds.shape[:-1] != (batch.num_tokens,):
         raise ValueError(
             f"expected inputs_embeds of shape [{batch.num_tokens}, D], received "
             f"{tuple(inputs_embeds.shape)}: one row per token of the batch"
         )
-    _check_rope(config, batch)
+    _check_rope(config, int(batch.position_ids.max()) + 1)
     tokens = (
         {"input_ids": batch.input_ids[None]}
         if inputs_embeds is None
@@ -301,6 +316,54 @@ def packed_forward(
         use_cache=False,
         packed_batch=batch,
     )
+    return _last_hidden(trunk, output)
+
+
+def continued_forward(
+    trunk: nn.Module, input_ids: Tensor, before: Continuation | None = None
+) -> tuple[Tensor, Continuation]:
+    """Run a decoder's trunk on one text alone, or on what continues one.
+
+    The shapes of a pass are those of its text and of what it continues, whatever else there is to
+    run: so are its bits, which no other text can change.
+
+    Args:
+        trunk: as in :func:`packed_forward`.
+        input_ids: [C] int64, on the trunk's device.
+        before: what an earlier pass, which continued nothing, returned.
+
+    Returns:
+        The last hidden states, after the final norm, [C, D]; and what further texts can continue
+        (``before`` itself where it was given).
+
+    Raises:
+        ValueError: as :func:`packed_forward`.
+    """
+    config = _enabled(trunk)
+    shared, length = before.length if before else 0, input_ids.numel()
+    _check_rope(config, shared + length)
+    alone = Pass(before, length, input_ids.device)
+    output = trunk(
+        input_ids=input_ids[None],
+        position_ids=torch.arange(shared, shared + length, device=input_ids.device)[None],
+        attention_mask=None,
+        use_cache=False,
+        alone=alone,
+    )
+    return _last_hidden(trunk, output), before or alone.kept
+
+
+def _enabled(trunk: nn.Module) -> Any:
+    config = _transformers_model(trunk).config.get_text_config()
+    if config._attn_implementation != NAME:
+        raise ValueError(
+            f"{type(trunk).__name__} attends by {config._attn_implementation!r}, which would let "
+            "packed sequences see each other: call enable_packed_attention(model) first"
+        )
+    return config
+
+
+def _last_hidden(trunk: nn.Module, output: Any) -> Tensor:
     if not hasattr(output, "last_hidden_state"):
         raise ValueError(
             f"{type(trunk).__name__} returns no last_hidden_state: pass the trunk below its head, "
@@ -309,14 +372,13 @@ def packed_forward(
     return output.last_hidden_state[0]
 
 
-def _check_rope(config: Any, batch: PackedBatch) -> None:
+def _check_rope(config: Any, longest: int) -> None:
     """Refuse lengths at which the rotation depends on the longest sequence of the batch."""
     parameters = getattr(config, "rope_parameters", None) or {}
     per_layer = [p for p in parameters.values() if isinstance(p, dict)]
     for rope in per_layer or [parameters]:
         if rope.get("rope_type") in ("dynamic", "longrope"):
             limit = rope.get("original_max_position_embeddings") or config.max_position_embeddings
-            longest = int(batch.position_ids.max()) + 1
             if longest > limit:
                 raise ValueError(
                     f"a sequence has {longest} tokens, and beyond {limit} the model's "

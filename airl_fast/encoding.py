@@ -35,6 +35,8 @@ class EncodedPair:
         text: the completion decoded, without the special tokens at its end.
         offsets: start and end of every token in ``text``; those special tokens are empty.
         step_lengths: tokens of every step.
+        of_policy: the same text and steps in the tokens of the policy, where its tokenizer is
+            another.
     """
 
     prompt: tuple[int, ...]
@@ -42,6 +44,7 @@ class EncodedPair:
     text: str
     offsets: tuple[tuple[int, int], ...]
     step_lengths: tuple[int, ...]
+    of_policy: EncodedPair | None = None
 
 
 class PairEncoder:
@@ -91,7 +94,7 @@ class PairEncoder:
                 "completion",
                 lambda: encode_completion(given, self.tokenizer, end_of_text=end_of_text),
             )
-        text, offsets = self._offsets(ids)
+        text, offsets = text_offsets(ids, self.tokenizer)
         if kind != "ids" and _essence(text) != _essence(given):
             raise _lossy("completion", given, text)
         return EncodedPair(
@@ -147,17 +150,6 @@ class PairEncoder:
             )
         return tuple(ids)
 
-    def _offsets(self, ids: tuple[int, ...]) -> tuple[str, tuple[tuple[int, int], ...]]:
-        """Return the text and where each token is in it; special tokens at the end are empty."""
-        special, length = set(self.tokenizer.all_special_ids), len(ids)
-        while length and ids[length - 1] in special:
-            length -= 1
-        body = ids[:length]
-        text = decode(body, self.tokenizer) if body else ""
-        found = span_offsets(body, (1,) * length, self.tokenizer) if body else []
-        end = (len(text), len(text))
-        return text, (*found, *[end] * (len(ids) - length))
-
     def _separated(self, steps: Sequence[str]) -> list[str]:
         """Return the steps with what separates them: the boundary, or else a newline."""
 
@@ -165,6 +157,18 @@ class PairEncoder:
             return any(match.end() == len(step) for match in self.boundary.finditer(step))
 
         return [step if ends(step) else step + "\n" for step in steps[:-1]] + [steps[-1]]
+
+
+def text_offsets(ids: tuple[int, ...], tokenizer: Any) -> tuple[str, tuple[tuple[int, int], ...]]:
+    """Return the text and where each token is in it; special tokens at the end are empty."""
+    special, length = set(tokenizer.all_special_ids), len(ids)
+    while length and ids[length - 1] in special:
+        length -= 1
+    body = ids[:length]
+    text = decode(body, tokenizer) if body else ""
+    found = span_offsets(body, (1,) * length, tokenizer) if body else []
+    end = (len(text), len(text))
+    return text, (*found, *[end] * (len(ids) - length))
 
 
 def _kind(name: str, value: Any) -> Literal["text", "messages", "steps", "ids"]:

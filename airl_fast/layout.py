@@ -70,12 +70,26 @@ def layout_of(batch: PackedBatch) -> PackedLayout:
     return _layouts[batch]
 
 
-def _make_layout(cu: np.ndarray, prefix: np.ndarray, device: torch.device) -> PackedLayout:
+def attend_separately(batch: PackedBatch) -> None:
+    """Give every segment of ``batch`` a call of its own, before its layout is first used.
+
+    The shapes of a call, and so the bits of its result, then depend on the segment and what it
+    continues alone.
+    """
+    cu, prefix = (x.cpu().numpy().astype(np.int64) for x in (batch.cu_segments, batch.prefix))
+    with torch.inference_mode(False):
+        _layouts[batch] = _make_layout(cu, prefix, batch.device, separate=True)
+
+
+def _make_layout(
+    cu: np.ndarray, prefix: np.ndarray, device: torch.device, separate: bool = False
+) -> PackedLayout:
     lengths = np.diff(cu)
     before = np.where(prefix >= 0, lengths[prefix], 0)
     buckets, queries, keys = [], [], []
     restore, rows = np.empty(cu[-1], np.int64), 0
-    for members in _bucket_members(lengths, before):
+    alone = (np.array([segment]) for segment in range(lengths.size))
+    for members in alone if separate else _bucket_members(lengths, before):
         own, shared = lengths[members, None], before[members, None]
         start, parent_start = cu[members, None], cu[prefix[members], None]
         query = np.minimum(np.arange(own.max()), own - 1)  # [n, l], padded with the last token

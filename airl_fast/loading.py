@@ -16,7 +16,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from airl_fast.attention import enable_packed_attention, packed_forward, standard_attention
+from airl_fast.attention import (
+    Continuation,
+    continued_forward,
+    enable_packed_attention,
+    packed_forward,
+    standard_attention,
+)
 from airl_fast.ops.linear_logprob import linear_logprob
 from airl_fast.packing import PackedBatch
 
@@ -108,6 +114,13 @@ class LanguageModel(nn.Module):
         """Last hidden states of a packed batch, [T, D] in the model's dtype."""
         with self.active():
             return packed_forward(self.causal_lm.base_model, batch)
+
+    def continued(
+        self, input_ids: Tensor, before: Continuation | None = None
+    ) -> tuple[Tensor, Continuation]:
+        """Last hidden states [C, D] of one text alone, or of what continues one that was."""
+        with self.active():
+            return continued_forward(self.causal_lm.base_model, input_ids, before)
 
     def logprob(
         self, hidden: Tensor, batch: PackedBatch, temperature: float = 1.0

@@ -215,9 +215,10 @@ class Discriminator(nn.Module):
             batch: a packed batch.
             policy_hidden: [T, D], needed by ``trunk="policy"`` alone; detached here.
         """
-        return self._energies(batch, self._hidden(batch, policy_hidden))
+        return self.energies(batch, self._hidden(batch, policy_hidden))
 
-    def _energies(self, batch: PackedBatch, hidden: Tensor) -> Tensor:
+    def energies(self, batch: PackedBatch, hidden: Tensor) -> Tensor:
+        """The energy of every span [S], as ``f``, from the hidden states [T, F] that it reads."""
         if self.head_kind == "lm":
             assert self.body is not None
             head = self.body.head
@@ -251,11 +252,27 @@ class Discriminator(nn.Module):
         """
         policy_hidden = policy.hidden(batch)
         hidden = self._hidden(batch, policy_hidden)
+        return self.score_states(
+            batch, policy, hidden, policy_hidden, form=form, temperature=temperature
+        )
+
+    @torch.no_grad()
+    def score_states(
+        self,
+        batch: PackedBatch,
+        policy: LanguageModel,
+        hidden: Tensor,
+        policy_hidden: Tensor,
+        *,
+        form: Literal["airl", "logit"] = "airl",
+        temperature: float = 1.0,
+    ) -> AIRLScore:
+        """``score`` from hidden states: [T, F] that f is read from, [T, D] of the policy."""
         policy_head = policy.head
         if self.head_kind == "lm":
             assert self.body is not None
             if not policy_head.transforms_like(self.body.head):
-                f = self._energies(batch, hidden)
+                f = self.energies(batch, hidden)
                 logp, entropy = policy.logprob(policy_hidden, batch, temperature)
                 reward = f - self._combine(logp, batch) if form == "airl" else f
                 return AIRLScore(reward=reward, f=f, logp=logp, entropy=entropy)

@@ -189,13 +189,18 @@ class PackedBatch:
 
 
 def pack(
-    traces: Sequence[Trace], *, share_prompts: bool = True, device: torch.device | str = "cpu"
+    traces: Sequence[Trace],
+    *,
+    share_prompts: bool = True,
+    lone_prompts: bool = False,
+    device: torch.device | str = "cpu",
 ) -> PackedBatch:
     """Lay traces end to end, storing a prompt that several of them share once.
 
     Args:
         traces: at least one.
         share_prompts: store equal prompts once; otherwise each trace is a segment of its own.
+        lone_prompts: with ``share_prompts``, give a prompt of one trace its own segment too.
         device: where the tensors go.
 
     Returns:
@@ -213,7 +218,7 @@ def pack(
     end = 0
     for same in members:
         prompt = traces[same[0]].prompt
-        shared = len(same) > 1
+        shared = len(same) > 1 or (share_prompts and lone_prompts)
         if shared:
             segments.append(prompt)
             prefix.append(-1)

@@ -1,4 +1,4 @@
-"""Score, rerank and locate on files of JSON lines: one line out for every row, in order.
+"""Score, rerank, locate and calibrate on files of JSON lines; but for the last, a line out a row.
 
 Every row is checked before the models are loaded, and encoded before the first is scored; what is
 wrong is named with its line. An output file is written whole or not at all.
@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from airl_fast.encoding import EncodedPair
-from airl_fast.scores import By, Scored, lowest_step, rank
+from airl_fast.ranking import AnswerReader, Method, check_method, rank
+from airl_fast.scores import By, Location, Scored, locate_step
 from airl_fast.tasks.rows import Row, read_rows
 
 if TYPE_CHECKING:
+    from airl_fast.calibration import Calibration
     from airl_fast.scorer import RewardScorer
 
 _CHUNK = 64  # completions scored between two lines of output and of progress
@@ -45,44 +47,71 @@ def score_file(load: Load, source: Path, target: Path | None, *, end_of_text: bo
 
 
 def rerank_file(
-    load: Load, source: Path, target: Path | None, *, end_of_text: bool = True, by: By = "f"
+    load: Load,
+    source: Path,
+    target: Path | None,
+    *,
+    end_of_text: bool = True,
+    by: By = "f",
+    method: Method = "best",
+    temperature: float = 1.0,
 ) -> None:
     """Write the order of the ``completions`` of every row's ``prompt``; as ``score_file``.
 
+    A row may have ``answers``, one a completion; otherwise the task's reader finds them.
+
     Raises:
-        ValueError: as ``score_file``; or ``by="reward"`` without a policy.
+        ValueError: as ``score_file`` and ``RewardScorer.rerank``.
     """
     rows = _rows(source)
-    inputs = []
-    for row in rows:
-        completions = _value(row, "completions")
-        if not isinstance(completions, list) or not completions:
-            raise ValueError(
-                f"{row.where}: 'completions' is {completions!r}, expected a list of one or more"
-            )
-        inputs.append([(_value(row, "prompt"), completion) for completion in completions])
+    check_method(method, temperature)
+    inputs = [[(_value(row, "prompt"), one) for one in _completions(row)] for row in rows]
+    given = [_answers(row) for row in rows]
 
     def loaded() -> RewardScorer:
         scorer = load()
         scorer.check_by(by)
+        if None in given:
+            readers.append(scorer.answer_reader(method))
         return scorer
 
-    results = _scored(loaded, rows, inputs, end_of_text)
-    ranked = ((row, rank(found, by)) for row, found in results)
+    readers: list[AnswerReader | None] = []
     lines = (
-        {
-            **_kept(row),
-            "by": by,
-            "order": [r.index for r in best],
-            "scores": [r.score for r in best],
-        }
-        for row, best in ranked
+        _ranked(row, found, answers, readers, by=by, method=method, temperature=temperature)
+        for (row, found), answers in zip(
+            _scored(loaded, rows, inputs, end_of_text), given, strict=True
+        )
     )
     _write(target, lines, len(rows))
 
 
+def _ranked(
+    row: Row,
+    found: Sequence[Scored],
+    answers: Sequence[str | None] | None,
+    readers: Sequence[AnswerReader | None],
+    *,
+    by: By,
+    method: Method,
+    temperature: float,
+) -> dict[str, Any]:
+    if answers is None and readers[0] is not None:
+        answers = [readers[0](one.text) for one in found]
+    ranking = rank(found, by, method=method, answers=answers, temperature=temperature)
+    return {
+        **_kept(row),
+        "method": method,
+        "by": by,
+        "order": ranking.order,
+        "scores": [one.score for one in ranking],
+        "answer": ranking.answer,
+        "weight": ranking.weight,
+        "votes": [asdict(vote) for vote in ranking.votes],
+    }
+
+
 def locate_file(load: Load, source: Path, target: Path | None, *, end_of_text: bool = True) -> None:
-    """Write the ``Location`` of every row's weakest step; as ``score_file``.
+    """Write the ``Location`` of every row's deviating step; as ``score_file``.
 
     A row has ``prompt`` and ``completion``, or ``problem`` and ``steps`` as in ProcessBench.
 
@@ -90,21 +119,109 @@ def locate_file(load: Load, source: Path, target: Path | None, *, end_of_text: b
         ValueError: as ``score_file``.
     """
     rows = _rows(source)
-    inputs = [[_located(row)] for row in rows]
-    found = ((row, lowest_step(one[0])) for row, one in _scored(load, rows, inputs, end_of_text))
+    scorers: list[RewardScorer] = []
+
+    def loaded() -> RewardScorer:
+        scorers.append(load())
+        return scorers[0]
+
+    inputs = [[traced(row)] for row in rows]
     lines = (
-        {
-            **_kept(row),
-            "step": location.step,
-            "text": location.text,
-            "start": location.start,
-            "end": location.end,
-            "scores": location.scores,
-            "margin": location.margin,
-        }
-        for row, location in found
+        _located(row, locate_step(one[0], scorers[0].calibration))
+        for row, one in _scored(loaded, rows, inputs, end_of_text)
     )
     _write(target, lines, len(rows))
+
+
+def _located(row: Row, location: Location) -> dict[str, Any]:
+    names = (
+        "step", "text", "start", "end", "confidence", "lowest", "margin", "scores", "values",
+        "threshold",
+    )  # fmt: skip
+    return {**_kept(row), **{name: getattr(location, name) for name in names}}
+
+
+def calibrate_file(
+    load: Load,
+    folder: Path,
+    source: Path,
+    *,
+    end_of_text: bool = True,
+    folds: int = 5,
+    seed: int = 0,
+) -> Calibration:
+    """Fit ``locate`` to labelled rows, and write the result into the reward's folder.
+
+    A row is one of ``locate_file`` with ``label``: the 0-based first wrong step, -1 for none.
+
+    Args:
+        load: as ``score_file``.
+        folder: of a run, or of a reward.
+        source: JSON lines.
+        end_of_text: as ``RewardScorer.score``; later completions have to be scored alike.
+        folds: of the cross-validation.
+        seed: of the folds.
+
+    Raises:
+        ValueError: as ``score_file`` and ``calibrating.calibrate``.
+    """
+    from airl_fast.calibrating import LabelledSteps, calibrate
+    from airl_fast.reward_folder import CALIBRATION, reward_folder, weights_digest
+
+    reward = reward_folder(folder)
+    rows = _rows(source)
+    labels = [_label(row) for row in rows]
+    inputs = [[traced(row)] for row in rows]
+    traces = []
+    results = _scored(load, rows, inputs, end_of_text)
+    for (row, (one,)), label in zip(_followed(results, len(rows), shown=True), labels, strict=True):
+        if label >= len(one.steps):
+            raise ValueError(
+                f"{row.where}: 'label' is {label}, expected -1 or one of the {len(one.steps)} "
+                "steps, counted from 0"
+            )
+        traces.append(
+            LabelledSteps(
+                f=tuple(step.f for step in one.steps),
+                num_tokens=tuple(step.num_tokens for step in one.steps),
+                label=label,
+            )
+        )
+    made = calibrate(traces, folds=folds, seed=seed, weights=weights_digest(reward))
+    made.save(reward / CALIBRATION)
+    return made
+
+
+def _label(row: Row) -> int:
+    label = _value(row, "label")
+    if not isinstance(label, int) or isinstance(label, bool) or label < -1:
+        raise ValueError(
+            f"{row.where}: 'label' is {label!r}, expected the 0-based first wrong step, or -1"
+        )
+    return label
+
+
+def _completions(row: Row) -> list[Any]:
+    completions = _value(row, "completions")
+    if not isinstance(completions, list) or not completions:
+        raise ValueError(
+            f"{row.where}: 'completions' is {completions!r}, expected a list of one or more"
+        )
+    return completions
+
+
+def _answers(row: Row) -> list[str | None] | None:
+    answers = row.values.get("answers")
+    if answers is None:
+        return None
+    size = len(_completions(row))
+    texts = isinstance(answers, list) and all(a is None or isinstance(a, str) for a in answers)
+    if not texts or len(answers) != size:
+        raise ValueError(
+            f"{row.where}: 'answers' is {answers!r}, expected {size} texts (or null), one for each "
+            "completion"
+        )
+    return list(answers)
 
 
 def _rows(source: Path) -> list[Row]:
@@ -120,7 +237,8 @@ def _value(row: Row, key: str) -> Any:
     return row.values[key]
 
 
-def _located(row: Row) -> tuple[Any, Any]:
+def traced(row: Row) -> tuple[Any, Any]:
+    """Prompt and completion of a row, in either of the forms of ``locate_file``."""
     if "steps" not in row.values and "problem" not in row.values:
         return _value(row, "prompt"), _value(row, "completion")
     steps = _value(row, "steps")

@@ -7,52 +7,62 @@ f is the discriminator's energy, free of the policy; the AIRL reward is f - log 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any
+from typing import get_args
 
 import torch
-from torch import Tensor
 
+from airl_fast.alignment import Aligner
+from airl_fast.calibration import Calibration
 from airl_fast.encoding import Completion, EncodedPair, PairEncoder, Prompt
-from airl_fast.loading import METADATA, LanguageModel, read_metadata
+from airl_fast.loading import LanguageModel
 from airl_fast.models import Discriminator, Policy
-from airl_fast.ops.segments import segment_last, segment_mean, segment_sum
-from airl_fast.packing import Trace, pack, plan_traces
-from airl_fast.passes import offsets
-from airl_fast.scores import (
-    By,
-    Location,
-    Ranked,
-    Scored,
-    StepScore,
-    TokenScores,
-    Trained,
-    lowest_step,
+from airl_fast.ranking import (
+    TASKS,
+    AnswerReader,
+    Method,
+    Ranking,
+    check_method,
     rank,
+    task_reader,
 )
+from airl_fast.reading import Passes, Reader, Reading
+from airl_fast.results import columns, result
+from airl_fast.reward_folder import read_calibration, read_trained, reward_folder
+from airl_fast.scores import By, Location, Scored, Trained, locate_step
 from airl_fast.spans import span_rule
 
 
 class RewardScorer:
     """Scores completions with a trained reward, in eval mode and without gradients.
 
-    Completions are packed by token budget with shared prompts stored once; the values depend
-    neither on the cut nor on the order (beyond rounding). Load one with ``from_pretrained``.
-
     A value of several tokens: with an ``lm`` head, the sum (or mean, as trained) of its tokens'
     values; with a ``score`` head, f is read at its last token.
+
+    A policy with another tokenizer meets the reward at the ends of steps (alignment.py): steps and
+    the whole have a ``reward``, tokens have none.
 
     Args:
         discriminator: gives f.
         trained: what it was trained for.
         policy: gives log pi; without one there is no ``reward``.
-        token_budget: tokens of a forward pass.
+        calibration: what ``locate`` decides by.
+        passes: "packed", as many pairs a pass as the token budget holds; or "alone", each prompt
+            and each completion in a pass of its own. None is "packed", but on a CPU whose matrix
+            products do not allow exact packed passes (reading.py) "alone".
+        token_budget: tokens of a packed pass.
+        merge_steps: with a policy of another tokenizer, join a step whose end one of the two
+            lacks with the next one, instead of refusing the completion.
 
     Raises:
-        ValueError: the discriminator reads the policy's states and there is none, or the two
-            have different vocabularies.
+        ValueError: the discriminator reads the policy's states and there is none; the policy has
+            another tokenizer and the reward was trained on spans that it does not have.
+
+    Attributes:
+        passes: as chosen.
+        invariant: the bits of a score do not depend on what is scored with it, nor on the order;
+            otherwise equal up to rounding.
     """
 
     def __init__(
@@ -61,7 +71,10 @@ class RewardScorer:
         trained: Trained,
         *,
         policy: LanguageModel | None = None,
+        calibration: Calibration | None = None,
+        passes: Passes | None = None,
         token_budget: int = 16384,
+        merge_steps: bool = False,
     ) -> None:
         body = discriminator.body or policy
         if body is None:
@@ -69,26 +82,33 @@ class RewardScorer:
                 "this discriminator (trunk='policy') reads f from the policy's hidden states: "
                 "pass policy= (--policy), such as DIR/policy of the run that trained it"
             )
-        if policy is not None and policy.tokenizer.get_vocab() != body.tokenizer.get_vocab():
-            raise ValueError(
-                f"the policy {policy.origin.model!r} has another tokenizer than the reward: "
-                "expected equal vocabularies; pass the policy that the reward was trained with"
-            )
+        if passes not in (None, *get_args(Passes)):
+            raise ValueError(f"expected passes='alone' or 'packed', received {passes!r}")
         self.discriminator = discriminator.eval()
         self.policy = policy if policy is None else policy.eval()
         self.trained = trained
+        self.calibration = calibration
         self.token_budget = token_budget
         self.tokenizer = body.tokenizer
-        self._device = body.device
-        self._context = min(model.context for model in (body, policy or body))
-        vocabulary = body.head.weight.shape[0]
-        self._encoder = PairEncoder(self.tokenizer, trained.boundary, vocabulary)
+        self._body = body
+        self._encoder = _encoder(body, trained)
+        self._aligner = None
+        if policy is not None and policy.tokenizer.get_vocab() != body.tokenizer.get_vocab():
+            self._aligner = _aligner(self._encoder, policy, trained, merge_steps)
         self._rule = span_rule(
             trained.granularity,
             interval=trained.interval,
             boundary=trained.boundary,
             tokenizer=self.tokenizer,
         )
+        self._reader = Reader(
+            discriminator,
+            policy,
+            temperature=trained.temperature,
+            passes=passes,
+            token_budget=token_budget,
+        )
+        self.passes, self.invariant = self._reader.passes, self._reader.invariant
 
     @classmethod
     def from_pretrained(
@@ -97,7 +117,9 @@ class RewardScorer:
         *,
         policy: Policy | str | Path | None = None,
         device: str | torch.device = "cpu",
+        passes: Passes | None = None,
         token_budget: int = 16384,
+        merge_steps: bool = False,
     ) -> RewardScorer:
         """Load a run's reward (DIR/reward, with DIR/policy where present), or a reward alone.
 
@@ -105,14 +127,16 @@ class RewardScorer:
             directory: a run's folder, or the reward folder in it; the latter has no policy.
             policy: a policy, or its hub name or folder, instead of the run's own.
             device: where the models go.
-            token_budget: tokens of a forward pass.
+            passes: as the constructor; so are the other two.
+            token_budget: tokens of a packed pass.
+            merge_steps: join steps that the policy's tokenizer does not end.
 
         Raises:
             ValueError: no trained reward there, or one that needs a policy and has none.
         """
         directory = Path(directory)
-        reward = _reward_folder(directory)
-        trained = _trained(reward, read_metadata(reward, "discriminator")["training"])
+        reward = reward_folder(directory)
+        trained = read_trained(reward)
         if policy is None and reward != directory and (directory / "policy").is_dir():
             policy = directory / "policy"
         if isinstance(policy, (str, Path)):
@@ -121,7 +145,10 @@ class RewardScorer:
             Discriminator.from_pretrained(reward, device=device),
             trained,
             policy=policy if policy is None else policy.to(device),
+            calibration=read_calibration(reward),
+            passes=passes,
             token_budget=token_budget,
+            merge_steps=merge_steps,
         )
 
     def score(
@@ -166,14 +193,37 @@ class RewardScorer:
         completions: Sequence[Completion],
         *,
         by: By = "f",
+        method: Method = "best",
+        answers: AnswerReader | Sequence[str | None] | None = None,
+        temperature: float = 1.0,
         end_of_text: bool = True,
-    ) -> list[Ranked]:
-        """Rank completions of one prompt, best first; equals stay in the order given.
+    ) -> Ranking:
+        """Rank completions of one prompt, best first, and elect an answer; see ``ranking.rank``.
+
+        Args:
+            prompt: as ``score``.
+            completions: N of them.
+            by: "f", or "reward", the AIRL form.
+            method: "best", "weighted" (softmax of the scores) or "majority" (ties by score).
+            answers: of the completions, None for no answer; or a function that reads one in a
+                completion's text; by default that of the task that the reward was trained for.
+            temperature: of the softmax.
+            end_of_text: as ``score``.
 
         Raises:
-            ValueError: as ``score``, or ``by="reward"`` without a policy.
+            ValueError: as ``score`` and ``ranking.rank``, ``by="reward"`` without a policy, or no
+                ``answers`` for a task that this package does not know.
         """
-        return self.rerank_all([prompt], [completions], by=by, end_of_text=end_of_text)[0]
+        given = answers if answers is None or callable(answers) else [answers]
+        return self.rerank_all(
+            [prompt],
+            [completions],
+            by=by,
+            method=method,
+            answers=given,
+            temperature=temperature,
+            end_of_text=end_of_text,
+        )[0]
 
     def rerank_all(
         self,
@@ -181,22 +231,57 @@ class RewardScorer:
         completions: Sequence[Sequence[Completion]],
         *,
         by: By = "f",
+        method: Method = "best",
+        answers: AnswerReader | Sequence[Sequence[str | None]] | None = None,
+        temperature: float = 1.0,
         end_of_text: bool = True,
-    ) -> list[list[Ranked]]:
-        """Rank the completions of several prompts, in passes that they share; as ``rerank``."""
+    ) -> list[Ranking]:
+        """Rank the completions of several prompts together; as ``rerank``."""
         self.check_by(by)
+        check_method(method, temperature)
         if len(prompts) != len(completions) or not all(completions):
             raise ValueError(
                 f"expected a list of one completion or more for each of {len(prompts)} prompts, "
                 f"received {[len(group) for group in completions]} completions"
+            )
+        given = None if answers is None or callable(answers) else answers
+        reader = None
+        if given is None:
+            reader = self.answer_reader(method, answers if callable(answers) else None)
+        elif len(given) != len(prompts):
+            raise ValueError(
+                f"expected a list of answers for each of {len(prompts)} prompts, received "
+                f"{len(given)}"
             )
         flat = self.score(
             [p for p, group in zip(prompts, completions, strict=True) for _ in group],
             [completion for group in completions for completion in group],
             end_of_text=end_of_text,
         )
-        groups = torch.tensor([0, *map(len, completions)]).cumsum(0).tolist()
-        return [rank(flat[start:end], by) for start, end in pairwise(groups)]
+        rankings = []
+        for i, (start, end) in enumerate(pairwise(accumulate(map(len, completions), initial=0))):
+            scored = flat[start:end]
+            read = given[i] if given is not None else None
+            if reader is not None:
+                read = [reader(one.text) for one in scored]
+            rankings.append(rank(scored, by, method=method, answers=read, temperature=temperature))
+        return rankings
+
+    def answer_reader(
+        self, method: Method, given: AnswerReader | None = None
+    ) -> AnswerReader | None:
+        """What reads answers for a method: the given one, or the trained task's.
+
+        None for "best" with a task that this package does not know: it can do without.
+
+        Raises:
+            ValueError: there is none, and the method votes.
+        """
+        if given is not None:
+            return given
+        if method == "best" and self.trained.task not in TASKS:
+            return None
+        return task_reader(self.trained.task)
 
     def check_by(self, by: str) -> None:
         """Refuse to rank by what this scorer does not know.
@@ -215,12 +300,16 @@ class RewardScorer:
     def locate(
         self, prompt: Prompt, completion: Completion, *, end_of_text: bool = True
     ) -> Location:
-        """Find the step with the lowest f, the likeliest first error; see ``Location``.
+        """Find the first step that deviates; see ``Location``.
+
+        A calibrated scorer says None where no step does, and how sure it is. An uncalibrated one
+        gives the step with the lowest f, the likeliest error if there is one.
 
         Raises:
             ValueError: as ``score``.
         """
-        return lowest_step(self.score([prompt], [completion], end_of_text=end_of_text)[0])
+        scored = self.score([prompt], [completion], end_of_text=end_of_text)[0]
+        return locate_step(scored, self.calibration)
 
     def encode(
         self, prompt: Prompt, completion: Completion, *, end_of_text: bool = True
@@ -231,160 +320,72 @@ class RewardScorer:
             ValueError: as ``score``.
         """
         pair = self._encoder.encode(prompt, completion, end_of_text=end_of_text)
-        length = len(pair.prompt) + len(pair.completion)
-        if length > self._context:
-            raise ValueError(
-                f"{length} tokens (prompt {len(pair.prompt)}, completion {len(pair.completion)}) "
-                f"do not fit the model's context of {self._context:.0f}: shorten them, or use a "
-                "model with a longer context; nothing is truncated"
-            )
+        if self._aligner is not None:
+            pair = self._aligner.align(prompt, pair)
+            assert pair.of_policy is not None
+            assert self.policy is not None
+            _check_length(pair.of_policy, self.policy)
+            _check_length(pair, self._body)
+        else:
+            for model in (self._body, self.policy or self._body):
+                _check_length(pair, model)
         return pair
 
     @torch.no_grad()
     def score_encoded(self, pairs: Sequence[EncodedPair]) -> list[Scored]:
         """Score pairs that ``encode`` made; in their order."""
-        traces = [_trace(pair, (1,) * len(pair.completion)) for pair in pairs]
         results: dict[int, Scored] = {}
-        for indices in plan_traces(traces, self.token_budget) if traces else []:
-            found = self._score_batch([pairs[i] for i in indices])
+        for indices, reading in self._reader.read(pairs):
+            found = self._scored([pairs[i] for i in indices], reading)
             results.update(zip(indices, found, strict=True))
         return [results[i] for i in range(len(pairs))]
 
-    def _score_batch(self, pairs: Sequence[EncodedPair]) -> list[Scored]:
-        sizes = [len(pair.completion) for pair in pairs]
+    def _scored(self, pairs: Sequence[EncodedPair], reading: Reading) -> list[Scored]:
+        policys = [pair.of_policy or pair for pair in pairs]
         steps = [pair.step_lengths for pair in pairs]
-        if self.trained.granularity == "step":
-            spans = steps  # the given steps, where the completion came as a list of them
-        else:
+        of_steps = reading.spans(steps, [pair.step_lengths for pair in policys])
+        spans, of_spans = steps, of_steps
+        if self.trained.granularity != "step":  # or else the given steps, where there are some
             spans = [self._rule(pair.completion) for pair in pairs]
-        f, logp = self._read(pairs, [(1,) * size for size in sizes])
-        step_f, step_reward = self._combine(pairs, steps, f, logp)
-        span_f, span_reward = self._combine(pairs, spans, f, logp)
-
-        def per_pair(values: Tensor | None, counts: Sequence[int]) -> list[Any]:
-            if values is None:
-                return [None] * len(pairs)
-            return [tuple(part.tolist()) for part in values.split(list(counts))]
-
-        step_counts = [len(lengths) for lengths in steps]
-        cu = offsets([len(lengths) for lengths in spans], f.device)
-        columns = (
-            per_pair(f, sizes),
-            per_pair(logp, sizes),
-            per_pair(None if logp is None else f - logp, sizes),
-            per_pair(step_f, step_counts),
-            per_pair(step_reward, step_counts),
-            segment_sum(span_f, cu).tolist(),
-            per_pair(None, sizes) if span_reward is None else segment_sum(span_reward, cu).tolist(),
-        )
+            of_spans = reading.spans(spans, [self._rule(pair.completion) for pair in policys])
+        sizes = [len(pair.completion) for pair in pairs]
+        logp = reading.logp if self._aligner is None else None  # of tokens that are not these
+        of_tokens = (reading.f, logp, None if logp is None else reading.f - logp)
         return [
-            Scored(
-                text=pair.text,
-                f=total_f,
-                reward=total_reward,
-                granularity=self.trained.granularity,
-                steps=_steps(pair, of_steps, rewards),
-                tokens=TokenScores(
-                    ids=pair.completion,
-                    offsets=pair.offsets,
-                    f=of_tokens,
-                    logp=logps,
-                    reward=token_rewards,
-                ),
-            )
-            for pair, of_tokens, logps, token_rewards, of_steps, rewards, total_f, total_reward in (
-                zip(pairs, *columns, strict=True)
+            result(pair, self.trained.granularity, cut, *values)
+            for pair, cut, *values in zip(
+                pairs,
+                spans,
+                columns(of_tokens, sizes),
+                columns(of_steps, [len(lengths) for lengths in steps]),
+                columns(of_spans, [len(lengths) for lengths in spans]),
+                strict=True,
             )
         ]
 
-    def _read(
-        self, pairs: Sequence[EncodedPair], spans: Sequence[tuple[int, ...]]
-    ) -> tuple[Tensor, Tensor | None]:
-        """One pass: f of every span [S], and log pi of every action [N]."""
-        traces = [_trace(pair, lengths) for pair, lengths in zip(pairs, spans, strict=True)]
-        batch = pack(traces, device=self._device)
-        if self.policy is None:
-            return self.discriminator.f(batch), None
-        scored = self.discriminator.score(
-            batch, self.policy, form="logit", temperature=self.trained.temperature
-        )
-        return scored.f, scored.logp
 
-    def _combine(
-        self,
-        pairs: Sequence[EncodedPair],
-        spans: Sequence[tuple[int, ...]],
-        f: Tensor,
-        logp: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Combine the dense f and log pi [N] into f and reward of spans [S]."""
-        disc = self.discriminator
-        cu = offsets([n for lengths in spans for n in lengths], f.device)
-        over_span = segment_sum if disc.span_logp == "sum" else segment_mean
-        if disc.shaping_gamma is not None:
-            f = self._read(pairs, spans)[0]  # h is read at these spans' ends: a pass of its own
-        elif disc.head_kind == "score":
-            f = segment_last(f, cu)
-        else:
-            f = over_span(f, cu)
-        return f, None if logp is None else f - over_span(logp, cu)
-
-
-def _trace(pair: EncodedPair, lengths: tuple[int, ...]) -> Trace:
-    return Trace(prompt=pair.prompt, completion=pair.completion, span_lengths=lengths)
-
-
-def _steps(
-    pair: EncodedPair, f: Sequence[float], reward: Sequence[float] | None
-) -> tuple[StepScore, ...]:
-    steps, first = [], 0
-    for i, length in enumerate(pair.step_lengths):
-        start, end = pair.offsets[first][0], pair.offsets[first + length - 1][1]
-        steps.append(
-            StepScore(
-                text=pair.text[start:end],
-                start=start,
-                end=end,
-                f=f[i],
-                reward=None if reward is None else reward[i],
-            )
-        )
-        first += length
-    return tuple(steps)
-
-
-def _reward_folder(directory: Path) -> Path:
-    if not directory.is_dir():
+def _check_length(pair: EncodedPair, model: LanguageModel) -> None:
+    length = len(pair.prompt) + len(pair.completion)
+    if length > model.context:
         raise ValueError(
-            f"{directory}: no such folder; give the run.output_dir of `airl-fast train`, or the "
-            "reward folder in it"
+            f"{length} tokens (prompt {len(pair.prompt)}, completion {len(pair.completion)}) do "
+            f"not fit the model's context of {model.context:.0f}: shorten them, or use a model "
+            "with a longer context; nothing is truncated"
         )
-    if (directory / METADATA).is_file():
-        return directory
-    if (directory / "reward" / METADATA).is_file():
-        return directory / "reward"
-    if (directory / "policy" / METADATA).is_file():
-        raise ValueError(
-            f"{directory} holds a policy and no reward: a run of algorithm.name=sft or grpo learns "
-            "none; give the folder of a run of airl"
-        )
-    if (directory / "checkpoints").is_dir():
-        raise ValueError(
-            f"{directory} holds a run that has not ended: its reward is written at the end; give "
-            "its `airl-fast train` command again, and it goes on from its last checkpoint"
-        )
-    raise ValueError(
-        f"{directory} holds no trained reward: expected the run.output_dir of `airl-fast train` "
-        "(with reward/ and policy/ in it), or a reward folder"
-    )
 
 
-def _trained(folder: Path, training: dict[str, Any]) -> Trained:
-    names = [field.name for field in fields(Trained)]
-    missing = [name for name in names if name not in training]
-    if missing:
+def _encoder(model: LanguageModel, trained: Trained) -> PairEncoder:
+    return PairEncoder(model.tokenizer, trained.boundary, model.head.weight.shape[0])
+
+
+def _aligner(
+    reward: PairEncoder, policy: LanguageModel, trained: Trained, merge_steps: bool
+) -> Aligner:
+    if trained.granularity not in ("step", "sparse"):
         raise ValueError(
-            f"{folder / METADATA} does not say how the reward was trained: its 'training' lacks "
-            f"{', '.join(missing)}; save with Discriminator.save(..., training={{...}})"
+            f"the policy {policy.origin.model!r} has another tokenizer than the reward, which was "
+            f"trained with granularity {trained.granularity!r}: its spans are tokens of its own, "
+            "and none of the policy's; use a reward of granularity 'step' or 'sparse', or the "
+            "policy that it was trained with"
         )
-    return Trained(**{name: training[name] for name in names})
+    return Aligner(reward, _encoder(policy, trained), merge_steps=merge_steps)

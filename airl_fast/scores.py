@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from airl_fast.spans import Granularity
+
+if TYPE_CHECKING:
+    from airl_fast.calibration import Calibration
 
 By = Literal["f", "reward"]
 
@@ -51,11 +53,36 @@ class TokenScores:
 
 @dataclass(frozen=True, kw_only=True)
 class StepScore:
-    """Values of one step; ``text`` is ``Scored.text[start:end]``."""
+    """Values of one step; ``text`` is ``Scored.text[start:end]``.
+
+    ``num_tokens`` are those of the reward's tokenizer, end of text included.
+    """
 
     text: str
     start: int
     end: int
+    f: float
+    reward: float | None
+    num_tokens: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpanScore:
+    """Values of one span of the granularity that the reward was trained for.
+
+    Attributes:
+        start: its first character in ``Scored.text``.
+        end: the character after its last.
+        first: its first token in ``Scored.tokens``.
+        last: its last token, at which training credits its reward.
+        f: of the span.
+        reward: f - log pi of the span; None without a policy.
+    """
+
+    start: int
+    end: int
+    first: int
+    last: int
     f: float
     reward: float | None
 
@@ -72,6 +99,9 @@ class Scored:
         granularity: of the spans that ``f`` and ``reward`` sum over.
         steps: in order.
         tokens: in order, end of text included.
+        spans: those of ``granularity``, in order: where the model was trained to give a reward.
+            Values at another granularity (steps of a dense reward, tokens of a sparse one) are
+            read or summed there, and no training has checked them.
     """
 
     text: str
@@ -80,6 +110,7 @@ class Scored:
     granularity: Granularity
     steps: tuple[StepScore, ...]
     tokens: TokenScores = field(repr=False)
+    spans: tuple[SpanScore, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,54 +124,70 @@ class Ranked:
 
 @dataclass(frozen=True, kw_only=True)
 class Location:
-    """The step with the lowest f.
+    """The step that deviates.
 
     Attributes:
-        step: its 0-based index; the first of equals.
-        text: of the step.
+        step: its 0-based index: the located one of a calibrated scorer, None where it finds no
+            step that deviates; the lowest of an uncalibrated one.
+        text: of the step; None without one, as ``start`` and ``end``.
         start: its first character in ``scored.text``.
         end: the character after its last.
         scores: f of every step.
-        margin: how much lower it is than the second lowest; None when there is one step.
+        margin: how much lower the lowest f is than the second lowest; None when there is one step.
         scored: everything else.
+        lowest: the step with the lowest f, the first of equals, whatever was decided.
+        confidence: probability that ``step`` is the first wrong one (that none is wrong, for
+            None); None without a calibration.
+        values: what a calibration compared of every step with its ``threshold``; or None.
+        threshold: below it, a step deviates.
     """
 
-    step: int
-    text: str
-    start: int
-    end: int
+    step: int | None
+    text: str | None
+    start: int | None
+    end: int | None
     scores: tuple[float, ...]
     margin: float | None
     scored: Scored = field(repr=False)
+    lowest: int
+    confidence: float | None = None
+    values: tuple[float, ...] | None = None
+    threshold: float | None = None
 
 
-def rank(scored: Sequence[Scored], by: By) -> list[Ranked]:
-    """Rank scored completions, best first; equals stay in the order given."""
-    ranked = [
-        Ranked(index=i, score=one.f if by == "f" else _known(one.reward), scored=one)
-        for i, one in enumerate(scored)
-    ]
-    return sorted(ranked, key=lambda one: -one.score)
-
-
-def lowest_step(scored: Scored) -> Location:
-    """Find the step with the lowest f of a scored completion."""
+def locate_step(scored: Scored, calibration: Calibration | None = None) -> Location:
+    """Find the step of a scored completion that deviates: the lowest, or the calibrated one."""
     scores = tuple(step.f for step in scored.steps)
-    step = scores.index(min(scores))
-    others = scores[:step] + scores[step + 1 :]
-    found = scored.steps[step]
+    lowest = scores.index(min(scores))
+    others = scores[:lowest] + scores[lowest + 1 :]
+    step: int | None = lowest
+    confidence, values, threshold = None, None, None
+    if calibration is not None:
+        decider = calibration.decider
+        step, confidence, values = decider.decide(scores, [s.num_tokens for s in scored.steps])
+        threshold = decider.threshold
+    found = None if step is None else scored.steps[step]
     return Location(
         step=step,
-        text=found.text,
-        start=found.start,
-        end=found.end,
+        text=None if found is None else found.text,
+        start=None if found is None else found.start,
+        end=None if found is None else found.end,
         scores=scores,
-        margin=min(others) - scores[step] if others else None,
+        margin=min(others) - scores[lowest] if others else None,
         scored=scored,
+        lowest=lowest,
+        confidence=confidence,
+        values=values,
+        threshold=threshold,
     )
 
 
-def _known(reward: float | None) -> float:
+def known(reward: float | None) -> float:
+    """Return a reward that is there.
+
+    Raises:
+        ValueError: there is none: no policy was given.
+    """
     if reward is None:
         raise ValueError("these completions were scored without a policy: rank by 'f'")
     return reward

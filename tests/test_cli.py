@@ -1,11 +1,13 @@
 import io
 import json
+import shutil
 import subprocess
 import sys
 import types
 
 import pytest
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 import airl_fast
 from airl_fast import RewardScorer, cli
@@ -184,7 +186,9 @@ def test_options_reach_the_scorer(scorer, tiny_run, tmp_path, capsys):  # noqa: 
     policy = tiny_run / "policy"
     assert run("score", tiny_run / "reward", source, "--policy", policy) == 0
     assert lines(capsys.readouterr().out)[0]["reward"] is not None
-    assert run("score", tiny_run, source, "--token-budget", 20) == 2
+    assert run("score", tiny_run, source, "--passes", "alone", "--token-budget", 20) == 0
+    capsys.readouterr()
+    assert run("score", tiny_run, source, "--passes", "packed", "--token-budget", 20) == 2
     assert "raise the budget" in capsys.readouterr().err
 
 
@@ -222,11 +226,47 @@ def test_rerank(tiny_run, tmp_path, capsys):  # noqa: F811
     first, second = lines(capsys.readouterr().out)
     assert first["order"] == [1, 0, 2]
     assert first["scores"] == sorted(first["scores"], reverse=True)
-    assert second == {"id": 7, "by": "f", "order": [0], "scores": [first["scores"][0]]}
+    assert second == {
+        "id": 7, "method": "best", "by": "f", "order": [0], "scores": [first["scores"][0]],
+        "answer": "77", "weight": None, "votes": [],
+    }  # fmt: skip
     assert run("rerank", tiny_run, source, "--by", "reward") == 0
     assert lines(capsys.readouterr().out)[0]["by"] == "reward"
     assert run("rerank", tiny_run / "reward", source, "--by", "reward") == 2
     assert "--policy" in capsys.readouterr().err
+    assert run("rerank", tiny_run, source, "--method", "majority") == 0
+    first, _ = lines(capsys.readouterr().out)
+    assert (first["order"][0], first["answer"], first["weight"]) == (0, "78", 2 / 3)
+    assert first["votes"][1] == {"answer": "77", "weight": 1 / 3, "indices": [1]}
+    given = {"prompt": PROMPT, "completions": [WRONG, RIGHT], "answers": [None, "x"]}
+    assert run("rerank", tiny_run, written(tmp_path / "a.jsonl", given), "--method=weighted") == 0
+    assert lines(capsys.readouterr().out)[0]["answer"] == "x"
+
+
+def test_calibrate_then_locate(tiny_run, tmp_path, capsys):  # noqa: F811
+    run_folder = tmp_path / "run"
+    shutil.copytree(tiny_run, run_folder)
+    good, bad = [*STEPS[:1], "72+2=74;", "74+9=83;", "83-6=77;", "#77."], STEPS
+    labelled = written(
+        tmp_path / "labelled.jsonl",
+        *[{"problem": PROMPT, "steps": steps, "label": label}
+          for steps, label in [(good, -1), (bad, 1)] * 12],
+    )  # fmt: skip
+    assert run("calibrate", run_folder, labelled, "--folds", 3) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("24 traces, 12 with an error\n")
+    assert "3-fold cross-validation" in out
+    assert run("locate", run_folder, labelled) == 0
+    clean, wrong = lines(capsys.readouterr().out)[:2]
+    assert (clean["step"], clean["text"], clean["label"]) == (None, None, -1)
+    assert (wrong["step"], wrong["label"]) == (1, 1)
+    assert 0.5 < clean["confidence"] < 1
+    assert min(wrong["values"]) < wrong["threshold"] <= min(clean["values"])
+    assert RewardScorer.from_pretrained(run_folder).locate(PROMPT, good).step is None
+    head = run_folder / "reward" / "discriminator_head.safetensors"
+    save_file({k: v + 1 for k, v in load_file(head).items()}, head)
+    assert run("locate", run_folder, labelled) == 2
+    assert "made for other weights" in capsys.readouterr().err
 
 
 def test_locate(scorer, tiny_run, tmp_path, capsys):  # noqa: F811
@@ -258,6 +298,11 @@ GOOD = {"prompt": PROMPT, "completion": RIGHT}
         ("score", {"prompt": "1+x=", "completion": "2"}, "line 2: the tokenizer of"),
         ("rerank", GOOD, "line 1: no column 'completions'"),
         ("rerank", {"prompt": PROMPT, "completions": []}, "line 1: no column 'completions'"),
+        (
+            "rerank",
+            {"prompt": PROMPT, "completions": ["2"], "answers": ["2", "3"]},
+            "line 1: no column 'completions'",
+        ),
         ("locate", {"problem": PROMPT}, "line 2: no column 'steps'"),
         ("locate", {"problem": PROMPT, "steps": [1]}, "line 2: 'steps' is [1], expected a list"),
     ],

@@ -107,6 +107,8 @@ def test_lm_head_equals_plain_transformers(scorer, tiny_run):  # noqa: F811
         close([s.reward for s in scored.steps], [(f - logp)[a:b].sum() for a, b in cuts])
         close([scored.f, scored.reward], [f.sum(), (f - logp).sum()])
         assert scored.granularity == "step"
+        assert [(s.first, s.last + 1) for s in scored.spans] == cuts
+        assert [s.f for s in scored.spans] == [s.f for s in scored.steps]
 
 
 def test_steps_and_tokens_lie_where_they_say(scorer):
@@ -158,7 +160,16 @@ def test_score_head_equals_plain_transformers(policy, tmp_path, granularity, sha
         close([s.f for s in scored.steps], steps)
         step_logp = torch.stack([logp[a:b].sum() for a, b in cuts["step"]])
         close([s.reward for s in scored.steps], steps - step_logp)
-        total = expected(rows, cuts[granularity]).sum()
+        values = expected(rows, cuts[granularity])
+        assert scored.granularity == granularity
+        assert [(s.first, s.last + 1) for s in scored.spans] == cuts[granularity]
+        assert [completion[s.start : s.end] for s in scored.spans] == [
+            completion[first:end] for first, end in cuts[granularity]
+        ]
+        close([s.f for s in scored.spans], values)
+        span_logp = torch.stack([logp[a:b].sum() for a, b in cuts[granularity]])
+        close([s.reward for s in scored.spans], values - span_logp)
+        total = values.sum()
         close([scored.f, scored.reward], [total, total - logp.sum()])
 
 
@@ -398,9 +409,3 @@ def test_chat_messages_go_through_the_template(worded):
     assert one.f == pytest.approx(other.f)
     with pytest.raises(ValueError, match="'content': text"):
         worded.score([[{"role": "user", "text": "hello"}]], ["hi."])
-
-
-def test_another_policys_vocabulary_is_refused(worded, tiny_run):  # noqa: F811
-    with pytest.raises(ValueError, match="another tokenizer"):
-        RewardScorer(worded.discriminator, worded.trained,
-                     policy=Policy.from_pretrained(tiny_run / "policy"))  # fmt: skip

@@ -9,6 +9,8 @@ entropy: csrc/rows.h), before it has left the cache. Without gradients it is the
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import pairwise
 
 import torch
@@ -18,6 +20,8 @@ from airl_fast import _C
 from airl_fast.ops import _head
 from airl_fast.ops._head import LinearHead, kept_rows, slopes
 
+TILE_COLUMNS = 2048  # of a tile whose columns do not depend on the rows
+_alike: ContextVar[bool] = ContextVar("alike", default=False)
 _HUGE_PAGES = 4 * 2**20  # bytes from which a buffer asks for huge pages (of 2 MiB)
 
 
@@ -29,6 +33,16 @@ def serves(*tensors: Tensor) -> str | None:
         if tensor.dtype == torch.float64:
             return "its logits are float32, and float64 inputs ask for float64"
     return None
+
+
+@contextmanager
+def alike_tiles() -> Iterator[None]:
+    """Cut the head into the same columns whatever the rows: a row's sums are then added alike."""
+    token = _alike.set(True)
+    try:
+        yield
+    finally:
+        _alike.reset(token)
 
 
 def tile_floats() -> int:
@@ -45,6 +59,9 @@ def tile_shape(count: int, vocab: int, width: int) -> tuple[int, int]:
     The columns are those of `tile_columns`.
     """
     floats = tile_floats()
+    if _alike.get():
+        columns = min(vocab, TILE_COLUMNS, floats // 1024, floats // width)
+        return even_limit(count, 1024), max(1, columns)
     rows = even_limit(count, max(1, min(4096, floats // width, floats)))
     return rows, max(1, min(vocab, tile_columns(rows), floats // rows, floats // width))
 
