@@ -8,7 +8,7 @@ install: ## an environment with the package, editable, and all that development 
 	$(BIN)/pip install -e ".[dev]"
 
 test:
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 lint:
 	$(BIN)/ruff check .
