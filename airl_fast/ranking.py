@@ -15,22 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from math import exp, fsum
 from typing import Literal, get_args, overload
 
 from airl_fast.scores import By, Ranked, Scored, known
+from airl_fast.tasks import TASKS, task_class
 
 Method = Literal["best", "weighted", "majority"]
 AnswerReader = Callable[[str], str | None]
-
-TASKS = {  # where each task's answer reader is
-    "arithmetic": "arithmetic.Arithmetic",
-    "gsm8k": "gsm8k.GSM8K",
-    "jsonl": "jsonl.JSONLines",
-    "medreason": "medreason.MedReason",
-    "mmlu_pro": "mmlu_pro.MMLUPro",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,10 +145,7 @@ def task_reader(task: str) -> AnswerReader:
             f"the reward's task {task!r} is none of {', '.join(TASKS)}, so that its answers "
             "cannot be read: pass answers=, a list or a function that reads them"
         )
-    module, name = TASKS[task].split(".")
-    made = getattr(import_module(f"airl_fast.tasks.{module}"), name)
-    # Reading an answer needs none of a task's data, which the constructor would load.
-    reader: AnswerReader = object.__new__(made).extract_answer
+    reader: AnswerReader = task_class(task).extract_answer
     return reader
 
 

@@ -19,7 +19,6 @@ from airl_fast.encoding import Completion, EncodedPair, PairEncoder, Prompt
 from airl_fast.loading import LanguageModel
 from airl_fast.models import Discriminator, Policy
 from airl_fast.ranking import (
-    TASKS,
     AnswerReader,
     Method,
     Ranking,
@@ -32,6 +31,7 @@ from airl_fast.results import columns, result
 from airl_fast.reward_folder import read_calibration, read_trained, reward_folder
 from airl_fast.scores import By, Location, Scored, Trained, locate_step
 from airl_fast.spans import span_rule
+from airl_fast.tasks import TASKS
 
 
 class RewardScorer:

@@ -1,11 +1,34 @@
 """Tasks: ``load_task`` builds the one that a configuration names."""
 
+from importlib import import_module
 from typing import Any
 
 from airl_fast.schema import TaskConfig
 from airl_fast.tasks.base import Example, Message, Task, encode_completion, encode_prompt
 
-__all__ = ["Example", "Message", "Task", "encode_completion", "encode_prompt", "load_task"]
+__all__ = [
+    "TASKS",
+    "Example",
+    "Message",
+    "Task",
+    "encode_completion",
+    "encode_prompt",
+    "load_task",
+    "task_class",
+]
+
+TASKS = {  # by name, the class in the module of that name
+    "arithmetic": "Arithmetic",
+    "gsm8k": "GSM8K",
+    "jsonl": "JSONLines",
+    "medreason": "MedReason",
+    "mmlu_pro": "MMLUPro",
+}
+
+
+def task_class(name: str) -> Any:
+    """Return the class of one of ``TASKS``; nothing is loaded."""
+    return getattr(import_module(f"airl_fast.tasks.{name}"), TASKS[name])
 
 
 def load_task(config: TaskConfig) -> Task:
@@ -15,10 +38,9 @@ def load_task(config: TaskConfig) -> Task:
         ValueError: data that is missing, malformed (named with file and line) or too small for
             the subsets asked for.
     """
+    make = task_class(config.name)
     if config.name == "arithmetic":
-        from airl_fast.tasks.arithmetic import Arithmetic
-
-        return Arithmetic(
+        return make(
             config.seed,
             demonstrations=600 if config.demonstrations is None else config.demonstrations,
             unlabelled=config.unlabelled,
@@ -33,27 +55,14 @@ def load_task(config: TaskConfig) -> Task:
         "validation": config.validation,
         "test": config.test,
     }
-    if config.name == "gsm8k":
-        from airl_fast.tasks.gsm8k import GSM8K
-
-        return GSM8K(
-            config.path, **subsets, chat=config.chat, calculator_marks=config.calculator_marks
-        )
-    if config.name == "medreason":
-        from airl_fast.tasks.medreason import MedReason
-
-        return MedReason(config.path, evaluation=config.evaluation, **subsets, chat=config.chat)
-    if config.name == "mmlu_pro":
-        from airl_fast.tasks.mmlu_pro import MMLUPro
-
-        return MMLUPro(
-            config.path,
-            traces=config.traces,
-            **subsets,
-            chat=config.chat,
-            correct_only=config.correct_only,
-        )
-    from airl_fast.tasks.jsonl import JSONLines
-
-    assert config.path is not None  # TaskConfig refuses jsonl without one
-    return JSONLines(config.path, **subsets)
+    own: dict[str, dict[str, Any]] = {
+        "gsm8k": {"chat": config.chat, "calculator_marks": config.calculator_marks},
+        "medreason": {"chat": config.chat, "evaluation": config.evaluation},
+        "mmlu_pro": {
+            "chat": config.chat,
+            "traces": config.traces,
+            "correct_only": config.correct_only,
+        },
+        "jsonl": {},  # TaskConfig refuses it without a path
+    }
+    return make(config.path, **subsets, **own[config.name])

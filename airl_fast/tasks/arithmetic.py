@@ -199,7 +199,8 @@ class Arithmetic:
         trace = problem.trace()
         return self.corrupt(trace, rng)[0] if rng.random() < error else trace
 
-    def extract_answer(self, completion: str) -> str | None:
+    @staticmethod
+    def extract_answer(completion: str) -> str | None:
         """Return the digits between ``#`` and the full stop that ends the text, or None."""
         match = _ANSWER.fullmatch(completion)
         return match[1] if match else None

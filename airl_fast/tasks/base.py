@@ -53,7 +53,8 @@ class Task(Protocol):
         """Say whether the completion's final answer is the example's."""
         ...
 
-    def extract_answer(self, completion: str) -> str | None:
+    @staticmethod
+    def extract_answer(completion: str) -> str | None:
         """Return the final answer in a comparable form, or None when there is none."""
         ...
 

@@ -95,7 +95,8 @@ class GSM8K:
             return (Message(role="user", content=f"{question}\n\n{INSTRUCTION}"),)
         return PLAIN.format(question=question)
 
-    def extract_answer(self, completion: str) -> str | None:
+    @staticmethod
+    def extract_answer(completion: str) -> str | None:
         r"""Return the number after ``####``, in ``\boxed{}`` or after ``the answer is``.
 
         In one canonical form: ``$1,200.00`` gives ``1200``. None where there is no such number.

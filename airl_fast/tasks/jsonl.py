@@ -78,7 +78,8 @@ class JSONLines:
         self.validation = subsets.validation
         self.test = subsets.test
 
-    def extract_answer(self, completion: str) -> str | None:
+    @staticmethod
+    def extract_answer(completion: str) -> str | None:
         r"""Return the final answer (``####``, ``<answer>``, ``\boxed{}``, ``the answer is``).
 
         In a comparable form: numbers without separators and units, words without case.

@@ -163,7 +163,8 @@ class MedReason:
             return (Message(role="user", content=content),)
         return PLAIN.format(question=question, options=listed)
 
-    def extract_answer(self, completion: str) -> str | None:
+    @staticmethod
+    def extract_answer(completion: str) -> str | None:
         """Return the letter of the final answer, or None; see ``choices.find_choice``."""
         return find_choice(completion)
 

@@ -162,7 +162,8 @@ class MMLUPro:
             return (Message(role="user", content=content),)
         return PLAIN.format(question=question.text, options=options)
 
-    def extract_answer(self, completion: str) -> str | None:
+    @staticmethod
+    def extract_answer(completion: str) -> str | None:
         """Return the letter of the final answer, or None; see ``choices.find_choice``."""
         return find_choice(own_text(completion))
 
