@@ -11,8 +11,8 @@ from typing import Any
 
 from airl_fast.packing import Source, Trace
 from airl_fast.tasks.base import Example, encode_completion, encode_prompt
-from airl_fast.tasks.choices import find_choice, format_options, own_text
-from airl_fast.tasks.mmlu_pro import PLAIN, Question, parse_question, read_responses
+from airl_fast.tasks.choices import PLAIN, find_choice, format_options, own_text
+from airl_fast.tasks.mmlu_pro import Question, parse_question, read_responses
 from airl_fast.tasks.rows import compressed_or_not, read_rows
 
 EXPERT = "llama-3.1-70b-instruct"

@@ -5,8 +5,12 @@ import re
 from collections.abc import Sequence
 
 from airl_fast.tasks.answers import last_boxed, wrong_number
-from airl_fast.tasks.base import split_steps
+from airl_fast.tasks.base import Example, Message, Prompt, split_steps
 
+INSTRUCTION = (
+    "Reason step by step. End with 'The answer is (X).', where X is the letter of the right option."
+)
+PLAIN = "Question: {question}\n{options}\nAnswer:\n"
 LETTERS = "ABCDEFGHIJ"
 # A sentence's end, or a line's; not the dot of a list's number. What follows opens the next step.
 SENTENCES = r"(?m:(?<!^\d)(?<!^\d\d)[.!?](?=\s)|(?<![.!?\s])\n)"
@@ -21,6 +25,39 @@ _SECOND = re.compile(r"[\s*_\"'$]*(?:,|or|and|/|&)\s*[*_\"'$]*(?:\(\s*[A-J]\s*\)
 _TAGS = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _PHRASE = re.compile(r"\banswer(?:\s+is)?\s*(?::|(?<=is))\s*(?=(.*))", re.IGNORECASE)
 _NEXT_QUESTION = re.compile(r"(?:^|\n)[ \t]*Question:")
+
+
+class MultipleChoice:
+    """What tasks of lettered options share; ``chat`` asks for prompts as one user message."""
+
+    step_boundary = SENTENCES
+    chat: bool
+
+    def prompt(self, question: str, options: Sequence[str]) -> Prompt:
+        """Put a question as this task puts its own."""
+        listed = format_options(options)
+        if self.chat:
+            return (Message(role="user", content=f"{question}\n{listed}\n\n{INSTRUCTION}"),)
+        return PLAIN.format(question=question, options=listed)
+
+    @staticmethod
+    def extract_answer(completion: str) -> str | None:
+        """Return the letter of the final answer, or None; see ``find_choice``."""
+        return find_choice(own_text(completion))
+
+    def is_correct(self, completion: str, example: Example) -> bool:
+        """Say whether the completion's final letter is the example's."""
+        if example.answer is None:
+            raise ValueError(f"example {example.id!r} has no answer to compare with")
+        return self.extract_answer(completion) == example.answer
+
+    def corrupt(self, completion: str, rng: random.Random) -> tuple[str, int]:
+        """Make a number or the final letter wrong; return the text and the 0-based sentence.
+
+        Raises:
+            ValueError: the text has neither.
+        """
+        return wrong_choice(completion, self.step_boundary, rng)
 
 
 def own_text(response: str) -> str:

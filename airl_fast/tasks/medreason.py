@@ -1,23 +1,18 @@
 """MedReason: medical questions with reasoning (UCSC-VLAA/MedReason), and its evaluation sets."""
 
 import logging
-import random
 import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from airl_fast.tasks.answers import canonical
-from airl_fast.tasks.base import Example, Message, Prompt
-from airl_fast.tasks.choices import LETTERS, SENTENCES, find_choice, format_options, wrong_choice
+from airl_fast.tasks.base import Example
+from airl_fast.tasks.choices import LETTERS, MultipleChoice
 from airl_fast.tasks.rows import Row, draw_subsets, load_rows, read_rows
 
 HUB_NAME = "UCSC-VLAA/MedReason"
 DATASETS = ("medqa", "medmcqa")  # of the column dataset_name: what the paper keeps
-INSTRUCTION = (
-    "Reason step by step. End with 'The answer is (X).', where X is the letter of the right option."
-)
-PLAIN = "Question: {question}\n{options}\nAnswer:\n"
 
 _CUT = ". Explanation:"
 _OPTION = re.compile(r"^[ \t]*\(?([A-J])[.):][ \t]*(.+?)[ \t]*$", re.MULTILINE)
@@ -31,7 +26,7 @@ _EVALUATION = (
 )
 
 
-class MedReason:
+class MedReason(MultipleChoice):
     """MedReason's reasoning as demonstrations, its evaluation sets as test set.
 
     Of the traces, those whose ``dataset_name`` is medqa or medmcqa are kept. The answer is the
@@ -49,7 +44,7 @@ class MedReason:
         unlabelled: number of further training prompts, their traces left out.
         validation: number of validation questions.
         test: number of test questions.
-        chat: prompts as one user message; otherwise as the plain text ``PLAIN``.
+        chat: prompts as one user message; otherwise as the plain text ``choices.PLAIN``.
 
     Attributes:
         dropped: how many traces were left out, by reason.
@@ -60,7 +55,6 @@ class MedReason:
     """
 
     name = "medreason"
-    step_boundary = SENTENCES
 
     def __init__(
         self,
@@ -154,33 +148,6 @@ class MedReason:
             answer=letter,
             id=name,
         )
-
-    def prompt(self, question: str, options: list[str]) -> Prompt:
-        """Put a question as this task puts its own."""
-        listed = format_options(options)
-        if self.chat:
-            content = f"{question}\n{listed}\n\n{INSTRUCTION}"
-            return (Message(role="user", content=content),)
-        return PLAIN.format(question=question, options=listed)
-
-    @staticmethod
-    def extract_answer(completion: str) -> str | None:
-        """Return the letter of the final answer, or None; see ``choices.find_choice``."""
-        return find_choice(completion)
-
-    def is_correct(self, completion: str, example: Example) -> bool:
-        """Say whether the completion's final letter is the example's."""
-        if example.answer is None:
-            raise ValueError(f"example {example.id!r} has no answer to compare with")
-        return self.extract_answer(completion) == example.answer
-
-    def corrupt(self, completion: str, rng: random.Random) -> tuple[str, int]:
-        """Make a number or the final letter wrong; return the text and the 0-based sentence.
-
-        Raises:
-            ValueError: the text has neither.
-        """
-        return wrong_choice(completion, self.step_boundary, rng)
 
 
 def _listed(row: Row) -> list[str]:

@@ -1,21 +1,13 @@
 """MMLU-Pro: questions with up to ten options (TIGER-Lab/MMLU-Pro), and models' answers to them."""
 
 import logging
-import random
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from airl_fast.tasks.base import Example, Message, Prompt
-from airl_fast.tasks.choices import (
-    LETTERS,
-    SENTENCES,
-    find_choice,
-    format_options,
-    own_text,
-    wrong_choice,
-)
+from airl_fast.tasks.base import Example
+from airl_fast.tasks.choices import LETTERS, MultipleChoice, find_choice, own_text
 from airl_fast.tasks.rows import (
     Row,
     compressed_or_not,
@@ -26,10 +18,6 @@ from airl_fast.tasks.rows import (
 )
 
 HUB_NAME = "TIGER-Lab/MMLU-Pro"
-INSTRUCTION = (
-    "Think step by step. End with 'The answer is (X).', where X is the letter of the right option."
-)
-PLAIN = "Question: {question}\n{options}\nAnswer:\n"
 
 _QUESTION = (
     'a question is {"question_id": 70, "question": "...", "options": ["...", "..."], "answer": "A"}'
@@ -48,7 +36,7 @@ class Question:
     answer: str
 
 
-class MMLUPro:
+class MMLUPro(MultipleChoice):
     """MMLU-Pro with one model's chains of thought as demonstrations.
 
     Args:
@@ -62,7 +50,7 @@ class MMLUPro:
         unlabelled: number of further training prompts.
         validation: number of validation questions.
         test: number of test questions.
-        chat: prompts as one user message; otherwise as the plain text ``PLAIN``.
+        chat: prompts as one user message; otherwise as the plain text ``choices.PLAIN``.
         correct_only: demonstrations with a wrong answer are left out.
 
     A demonstration whose answer cannot be read is left out; its question can still be in the other
@@ -77,7 +65,6 @@ class MMLUPro:
     """
 
     name = "mmlu_pro"
-    step_boundary = SENTENCES
 
     def __init__(
         self,
@@ -148,38 +135,11 @@ class MMLUPro:
                 self.dropped["with a wrong answer"] += 1
                 completion = None
         return Example(
-            prompt=self.prompt(question),
+            prompt=self.prompt(question.text, question.options),
             completion=completion,
             answer=question.answer,
             id=f"mmlu_pro-{question.id}",
         )
-
-    def prompt(self, question: Question) -> Prompt:
-        """Put a question as this task puts its own."""
-        options = format_options(question.options)
-        if self.chat:
-            content = f"{question.text}\n{options}\n\n{INSTRUCTION}"
-            return (Message(role="user", content=content),)
-        return PLAIN.format(question=question.text, options=options)
-
-    @staticmethod
-    def extract_answer(completion: str) -> str | None:
-        """Return the letter of the final answer, or None; see ``choices.find_choice``."""
-        return find_choice(own_text(completion))
-
-    def is_correct(self, completion: str, example: Example) -> bool:
-        """Say whether the completion's final letter is the example's."""
-        if example.answer is None:
-            raise ValueError(f"example {example.id!r} has no answer to compare with")
-        return self.extract_answer(completion) == example.answer
-
-    def corrupt(self, completion: str, rng: random.Random) -> tuple[str, int]:
-        """Make a number or the final letter wrong; return the text and the 0-based sentence.
-
-        Raises:
-            ValueError: the text has neither.
-        """
-        return wrong_choice(completion, self.step_boundary, rng)
 
 
 def parse_question(row: Row) -> Question:
