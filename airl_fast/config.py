@@ -16,14 +16,12 @@ import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from airl_fast.schema import (
+from airl_fast.schema import RunConfig, RunSection, TaskConfig
+from airl_fast.schema_models import (
     AlgorithmConfig,
     DiscriminatorConfig,
     PolicyConfig,
-    RunConfig,
-    RunSection,
     SamplingConfig,
-    TaskConfig,
 )
 
 __all__ = [
