@@ -5,9 +5,18 @@ Each public name lives in the file that bears its name; it is imported when firs
 """
 
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 __version__ = "0.1.0"
+
+if find_spec("airl_fast._C") is None:
+    raise ImportError(
+        f"expected airl_fast._C, the compiled part, in {Path(__file__).parent}, found none: this "
+        "source tree hides the installed package; run from another folder, or install the tree "
+        "itself (pip install -e .)"
+    )
 
 _HOME = {
     # operators

@@ -1,7 +1,7 @@
 """What ``airl-fast COMMAND --help`` says below the options, by command."""
 
 DEMO = """\
-Trains on chained additions with imperfect experts: no network, no GPU, at most five minutes on
+Trains on chained additions with imperfect experts: no network, no GPU, five to ten minutes on
 two cores. Prints how the learned reward and policy compare with SFT and with the true outcome.
 
 example:

@@ -178,6 +178,17 @@ def test_command_writes_numbers_a_table_and_plots(tiny_run, tmp_path, capsys):  
     assert "vote weighted by f" in html
 
 
+def test_answers_that_are_not_given_are_read_as_the_rewards_task_does(tiny_run, tmp_path):  # noqa: F811
+    found = []
+    for name, keys in (("given", ()), ("read", ("answers",))):
+        lines = [{k: v for k, v in row.items() if k not in keys} for row in rows()]
+        source = written(tmp_path / f"{name}.jsonl", lines)
+        assert run("eval", tiny_run, source, "--no-plots", "--output", tmp_path / name) == 0
+        found.append(json.loads((tmp_path / name / "metrics.json").read_text()))
+    assert found[0]["data"] == found[1]["data"]
+    assert found[0]["best_of_n"]["curves"] == found[1]["best_of_n"]["curves"]
+
+
 def test_command_on_processbench(tiny_run, tmp_path, capsys):  # noqa: F811
     steps = [part + ";" for part in WRONG.split(";")[:-1]] + ["#78."]
     lines = [

@@ -41,6 +41,15 @@ def test_unknown_names_are_attribute_errors():
         airl_fast.linear_logprobs  # noqa: B018
 
 
+def test_a_source_tree_that_was_not_built_says_what_to_do(tmp_path):
+    (tmp_path / "airl_fast").mkdir()
+    (tmp_path / "airl_fast" / "__init__.py").write_bytes(Path(airl_fast.__file__).read_bytes())
+    call = [sys.executable, "-S", "-c", "import airl_fast"]  # -S: nothing installed is in sight
+    done = subprocess.run(call, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "install the tree itself" in done.stderr
+
+
 def test_kernels_are_installed_under_the_package_and_nowhere_else():
     spec = util.find_spec("airl_fast.kernels")
     if spec is None:

@@ -16,7 +16,9 @@ from airl_fast.encoding import EncodedPair
 from airl_fast.evaluation.measure import JudgedTrace, measure
 from airl_fast.evaluation.summary import summarise
 from airl_fast.evaluation.table import markdown
+from airl_fast.ranking import AnswerReader
 from airl_fast.readers import Candidates, Format, Reading, Steps
+from airl_fast.tasks import TASKS, task_class
 from airl_fast.tasks.answers import canonical, find_answer
 from airl_fast.tasks.choices import find_choice
 
@@ -163,10 +165,10 @@ def _judged(
         chunk = slice(start, start + _CHUNK)
         scored = scorer.score_encoded(pairs[chunk])
         for trace, pair, one in zip(traces[chunk], pairs[chunk], scored, strict=True):
-            yield _judge(trace, pair, one)
+            yield _judge(trace, pair, one, _answer_reader(scorer.trained.task))
 
 
-def _judge(trace: _Trace, pair: EncodedPair, scored: Scored) -> JudgedTrace:
+def _judge(trace: _Trace, pair: EncodedPair, scored: Scored, answer: AnswerReader) -> JudgedTrace:
     item, tokens = trace.item, scored.tokens
     scores, steps = {"f": scored.f}, {"f": [step.f for step in scored.steps]}
     if scored.reward is not None and tokens.logp is not None:
@@ -184,7 +186,7 @@ def _judge(trace: _Trace, pair: EncodedPair, scored: Scored) -> JudgedTrace:
         return JudgedTrace(
             prompt=trace.prompt,
             correct=item.label == -1,
-            answer=_answer(scored.text),
+            answer=answer(scored.text),
             length=len(pair.completion),
             scores=scores,
             candidate=False,
@@ -195,10 +197,20 @@ def _judge(trace: _Trace, pair: EncodedPair, scored: Scored) -> JudgedTrace:
     return JudgedTrace(
         prompt=trace.prompt,
         correct=item.correct[trace.index],
-        answer=_answer(scored.text) if answers is None else answers[trace.index],
+        answer=answer(scored.text) if answers is None else answers[trace.index],
         length=len(pair.completion),
         scores=scores,
     )
+
+
+def _answer_reader(task: str) -> AnswerReader:
+    """Read answers as the reward's task does, or in any form that is known."""
+
+    def read(text: str) -> str | None:
+        found = task_class(task).extract_answer(text) if task in TASKS else None
+        return _answer(text) if found is None else found
+
+    return read
 
 
 def _answer(text: str) -> str | None:

@@ -128,7 +128,10 @@ def read_history(path: Path) -> list[dict[str, Any]]:
         FileNotFoundError: no such file.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; give the folder of a run")
+        raise FileNotFoundError(
+            f"{path}: no such file; give the folder of a run of `airl-fast train`, or none (and "
+            "--output) for scored traces and evaluations alone"
+        )
     history = []
     for number, line in enumerate(path.read_text("utf-8").splitlines(keepends=True), start=1):
         if not line.endswith("\n"):
