@@ -18,6 +18,7 @@ from airl_fast.evaluation.summary import summarise
 from airl_fast.evaluation.table import markdown
 from airl_fast.ranking import AnswerReader
 from airl_fast.readers import Candidates, Format, Reading, Steps
+from airl_fast.scores import known
 from airl_fast.tasks import TASKS, task_class
 from airl_fast.tasks.answers import canonical, find_answer
 from airl_fast.tasks.choices import find_choice
@@ -160,12 +161,12 @@ def _texts(value: Any) -> list[str]:
 def _judged(
     scorer: RewardScorer, traces: Sequence[_Trace], pairs: Sequence[EncodedPair], say: Say
 ) -> Iterator[JudgedTrace]:
-    starts = range(0, len(pairs), _CHUNK)
+    starts, answer = range(0, len(pairs), _CHUNK), _answer_reader(scorer.trained.task)
     for start in _followed(starts, len(pairs), say):
         chunk = slice(start, start + _CHUNK)
         scored = scorer.score_encoded(pairs[chunk])
         for trace, pair, one in zip(traces[chunk], pairs[chunk], scored, strict=True):
-            yield _judge(trace, pair, one, _answer_reader(scorer.trained.task))
+            yield _judge(trace, pair, one, answer)
 
 
 def _judge(trace: _Trace, pair: EncodedPair, scored: Scored, answer: AnswerReader) -> JudgedTrace:
@@ -173,7 +174,7 @@ def _judge(trace: _Trace, pair: EncodedPair, scored: Scored, answer: AnswerReade
     scores, steps = {"f": scored.f}, {"f": [step.f for step in scored.steps]}
     if scored.reward is not None and tokens.logp is not None:
         scores["f - log pi"] = scored.reward
-        steps["f - log pi"] = [step.reward or 0.0 for step in scored.steps]
+        steps["f - log pi"] = [known(step.reward) for step in scored.steps]
         ends = [0, *accumulate(pair.step_lengths)]
         sums = [math.fsum(tokens.logp[a:b]) for a, b in pairwise(ends)]
         scores["log pi (sum)"] = math.fsum(tokens.logp)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from airl_fast.encoding import Completion, EncodedPair, Prompt
 from airl_fast.scores import By, Scored
-from airl_fast.spans import span_rule
+from airl_fast.spans import SpanRule, span_rule
 
 if TYPE_CHECKING:
     from airl_fast.scorer import RewardScorer
@@ -107,7 +107,7 @@ class RewardReader:
         return min(values) if self.reduce == "min" else values[-1]
 
     @cached_property
-    def _rule(self):  # type: ignore[no-untyped-def]  # a SpanRule
+    def _rule(self) -> SpanRule:
         trained = self.scorer.trained
         return span_rule(
             trained.granularity,

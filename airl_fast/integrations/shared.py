@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import threading
 from functools import cache
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from airl_fast.integrations.rewards import Reduce, RewardReader
 from airl_fast.scores import By
 from airl_fast.serving.batcher import Batcher
+
+if TYPE_CHECKING:
+    from airl_fast.scorer import RewardScorer
 
 VARIABLE = "AIRL_FAST_REWARD"
 _lock = threading.Lock()
@@ -46,7 +49,7 @@ def shared_reader(
 
 
 @cache
-def _loaded(folder: str, device: str):  # type: ignore[no-untyped-def]  # scorer and batcher
+def _loaded(folder: str, device: str) -> tuple[RewardScorer, Batcher]:
     from airl_fast.scorer import RewardScorer
 
     scorer = RewardScorer.from_pretrained(folder, device=device)
