@@ -171,8 +171,8 @@ def _add_models(command: argparse.ArgumentParser) -> None:
     add("--passes", choices=("packed", "alone"),
         help="as many rows a pass as --token-budget holds, or one pass for every prompt and every "
         "completion (default: alone on a CPU where packing is not exact, else packed)")  # fmt: skip
-    add("--token-budget", type=int, default=16384, metavar="N",
-        help="tokens of a packed pass (default: %(default)s)")  # fmt: skip
+    add("--token-budget", type=int, metavar="N",
+        help="tokens of a packed pass (default: 16384, on a CPU 2048 or the longest)")  # fmt: skip
     add(
         "--merge-steps",
         action="store_true",

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from airl_fast.attention import Continuation
 from airl_fast.encoding import EncodedPair
-from airl_fast.invariance import LEAST_ROWS, padded, rows_alike, widths
+from airl_fast.invariance import SCORE_COLUMNS, least_rows, padded, widths
 from airl_fast.layout import attend_separately
 from airl_fast.loading import LanguageModel
 from airl_fast.models import Discriminator
@@ -35,7 +35,8 @@ from airl_fast.passes import offsets
 
 Passes = Literal["alone", "packed"]
 Cut = Sequence[tuple[int, ...]]  # span lengths of every pair
-_COLUMNS = 16
+_CPU_PASS = 2048  # tokens: larger passes gain nothing there, and leave the caches
+_PASS = 16384
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,10 +65,12 @@ class Reader:
         temperature: of log pi.
         passes: "packed" or "alone"; None is "packed", but "alone" on a CPU where packed passes
             would not be exact.
-        token_budget: tokens of a packed pass; "alone" ignores it.
+        token_budget: tokens of a packed pass; "alone" ignores it. None is 16,384, on a CPU 2,048
+            or the longest pair where that is longer.
 
     Attributes:
         passes: "packed" or "alone".
+        token_budget: tokens of a packed pass.
         exact: packed passes are laid out so that bits do not depend on what is packed.
         invariant: the bits of a score do not depend on what is scored with it.
     """
@@ -79,19 +82,24 @@ class Reader:
         *,
         temperature: float,
         passes: Passes | None,
-        token_budget: int,
+        token_budget: int | None,
     ) -> None:
         self.discriminator = discriminator
         self.policy = policy
         self.temperature = temperature
         models = [model for model in (discriminator.body, policy) if model is not None]
         on_cpu = all(model.device.type == "cpu" for model in models)
-        alike = passes != "alone" and on_cpu and discriminator.shaping_gamma is None
-        alike = alike and all(rows_alike(model.causal_lm) for model in models)
+        least: list[int | None] = [None]
+        if passes != "alone" and on_cpu and discriminator.shaping_gamma is None:
+            least = [least_rows(model.causal_lm) for model in models]
+        self._least_rows = max(n or 0 for n in least)
+        alike = None not in least
         self.passes: Passes = passes or ("packed" if alike or not on_cpu else "alone")
         self.exact = alike and self.passes == "packed"
         self.invariant = self.exact or self.passes == "alone"
-        self.token_budget = token_budget
+        default = _CPU_PASS if on_cpu else _PASS
+        self.token_budget = default if token_budget is None else token_budget
+        self._stretch = token_budget is None and on_cpu
 
     @torch.no_grad()
     def read(self, pairs: Sequence[EncodedPair]) -> Iterator[tuple[list[int], Reading]]:
@@ -102,20 +110,26 @@ class Reader:
         """
         if self.passes == "packed":
             traces = [_trace(pair, _dense(pair)) for pair in pairs]
-            for indices in plan_traces(traces, self.token_budget) if traces else []:
+            for indices in plan_traces(traces, self._budget(traces)) if traces else []:
                 yield indices, self._reading([pairs[i] for i in indices], self._packed)
             return
         alone = _Alone()
         for i in sorted(range(len(pairs)), key=lambda i: pairs[i].prompt):
             yield [i], self._reading([pairs[i]], alone)
 
+    def _budget(self, traces: Sequence[Trace]) -> int:
+        if not self._stretch:
+            return self.token_budget
+        return max(self.token_budget, *(trace.num_tokens for trace in traces))
+
     def _packed(self, model: LanguageModel, pairs: Sequence[EncodedPair]) -> _States:
         traces = [_trace(pair, _dense(pair)) for pair in pairs]
         batch = pack(traces, device=model.device, lone_prompts=self.exact)
         if not self.exact:
             return _States(batch, model.hidden(batch))
-        threads, least = torch.get_num_threads(), 0 if batch.num_actions >= LEAST_ROWS else 9
-        spare = padded(batch.num_tokens + least, widths(model.causal_lm), threads)
+        threads, least = torch.get_num_threads(), self._least_rows
+        actions = 0 if batch.num_actions >= least else least + 1 - batch.num_actions
+        spare = padded(batch.num_tokens + actions, widths(model.causal_lm), threads, least)
         spare -= batch.num_tokens
         if spare:
             unused = next(i for i in count() if all(pair.prompt != (i,) for pair in pairs))
@@ -170,7 +184,7 @@ class Reader:
         if not self.exact or disc.head_kind == "lm":
             return disc.energies(batch, states.hidden)
         # One column would be a product of another kind, whose rows are not computed alike.
-        weight = nn.functional.pad(disc.weight, (0, 0, 0, _COLUMNS - len(disc.weight)))
+        weight = nn.functional.pad(disc.weight, (0, 0, 0, SCORE_COLUMNS - len(disc.weight)))
         rows = nn.functional.linear(states.hidden[batch.action_index].float(), weight)
         return rows[:, 0] + disc.bias[0]
 

@@ -51,7 +51,8 @@ class RewardScorer:
         passes: "packed", as many pairs a pass as the token budget holds; or "alone", each prompt
             and each completion in a pass of its own. None is "packed", but on a CPU whose matrix
             products do not allow exact packed passes (reading.py) "alone".
-        token_budget: tokens of a packed pass.
+        token_budget: tokens of a packed pass; None is 16,384, on a CPU 2,048 or the longest pair
+            where that is longer.
         merge_steps: with a policy of another tokenizer, join a step whose end one of the two
             lacks with the next one, instead of refusing the completion.
 
@@ -60,7 +61,7 @@ class RewardScorer:
             another tokenizer and the reward was trained on spans that it does not have.
 
     Attributes:
-        passes: as chosen.
+        passes, token_budget: as chosen.
         invariant: the bits of a score do not depend on what is scored with it, nor on the order;
             otherwise equal up to rounding.
     """
@@ -73,7 +74,7 @@ class RewardScorer:
         policy: LanguageModel | None = None,
         calibration: Calibration | None = None,
         passes: Passes | None = None,
-        token_budget: int = 16384,
+        token_budget: int | None = None,
         merge_steps: bool = False,
     ) -> None:
         body = discriminator.body or policy
@@ -88,7 +89,6 @@ class RewardScorer:
         self.policy = policy if policy is None else policy.eval()
         self.trained = trained
         self.calibration = calibration
-        self.token_budget = token_budget
         self.tokenizer = body.tokenizer
         self._body = body
         self._encoder = _encoder(body, trained)
@@ -109,6 +109,7 @@ class RewardScorer:
             token_budget=token_budget,
         )
         self.passes, self.invariant = self._reader.passes, self._reader.invariant
+        self.token_budget = self._reader.token_budget
 
     @classmethod
     def from_pretrained(
@@ -118,7 +119,7 @@ class RewardScorer:
         policy: Policy | str | Path | None = None,
         device: str | torch.device = "cpu",
         passes: Passes | None = None,
-        token_budget: int = 16384,
+        token_budget: int | None = None,
         merge_steps: bool = False,
     ) -> RewardScorer:
         """Load a run's reward (DIR/reward, with DIR/policy where present), or a reward alone.
@@ -128,7 +129,7 @@ class RewardScorer:
             policy: a policy, or its hub name or folder, instead of the run's own.
             device: where the models go.
             passes: as the constructor; so are the other two.
-            token_budget: tokens of a packed pass.
+            token_budget: of a packed pass.
             merge_steps: join steps that the policy's tokenizer does not end.
 
         Raises:

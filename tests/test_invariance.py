@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from airl_fast import Discriminator, RewardScorer
-from airl_fast.invariance import padded, rows_alike
+from airl_fast.invariance import least_rows, padded
 from airl_fast.loading import LanguageModel, Origin
 from airl_fast.scores import Trained
 from tests.tiny_models import tiny_model, tiny_tokenizer
@@ -76,6 +76,29 @@ def test_bits_do_not_depend_on_the_grouping(key, data):
             assert one == expected[i]  # every float of it, bit for bit
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_product_whose_bits_depend_on_the_rows_is_found_out(name, monkeypatch):
+    """As an AVX-512 machine has it: rows are summed in two parts where there are few of them."""
+    plain = torch.nn.functional.linear
+
+    def split(least):
+        def linear(x, weight, bias=None):
+            if x.shape[-2] >= least:
+                return plain(x, weight, bias)
+            half = x.shape[-1] // 2
+            first = plain(x[..., :half].contiguous(), weight[:, :half].contiguous())
+            return first + plain(x[..., half:].contiguous(), weight[:, half:].contiguous(), bias)
+
+        return linear
+
+    model = tiny_model(name)
+    assert least_rows(model) in (8, 256)
+    monkeypatch.setattr(torch.nn.functional, "linear", split(200))
+    assert least_rows(model) == 256
+    monkeypatch.setattr(torch.nn.functional, "linear", split(1000))
+    assert least_rows(model) is None
+
+
 def test_repeats_and_more_threads():
     scorer, pairs, expected = known(CASES[0])
     assert all(one == expected[3] for one in scorer.score_encoded([pairs[3]] * 3))
@@ -99,7 +122,7 @@ def test_both_kinds_of_passes_agree(name):
 
 def test_what_is_no_plain_linear_layer_is_scored_alone():
     assert scorer_of("llama").passes == "packed"
-    assert not rows_alike(tiny_model("gpt2"))  # Conv1D
+    assert least_rows(tiny_model("gpt2")) is None  # Conv1D
     gpt2 = scorer_of("gpt2")
     assert (gpt2.passes, gpt2.invariant) == ("alone", True)
     assert not scorer_of("gpt2", passes="packed").invariant
@@ -109,11 +132,12 @@ def test_what_is_no_plain_linear_layer_is_scored_alone():
     st.integers(1, 5000),
     st.sets(st.sampled_from([8, 24, 32, 48, 64, 192, 576, 1536]), min_size=1),
     st.integers(1, 16),
+    st.sampled_from([8, 256]),
 )
 @settings(max_examples=200, deadline=None)
-def test_padding_makes_whole_vectors(tokens, widths, threads):
-    count = padded(tokens, frozenset(widths), threads)
-    assert count >= max(tokens, 8)
+def test_padding_makes_whole_vectors(tokens, widths, threads, least):
+    count = padded(tokens, frozenset(widths), threads, least)
+    assert count >= max(tokens, least)
     assert count != tokens + 1
     for width in widths:
         parts = min(threads, -(-count * width // 32768))
@@ -122,5 +146,5 @@ def test_padding_makes_whole_vectors(tokens, widths, threads):
 
 
 def test_usual_models_need_little_padding():
-    assert padded(1760, frozenset({576, 192, 1536, 64}), 2) <= 1762
-    assert padded(1761, frozenset({576, 192, 1536, 64}), 2) <= 1764
+    assert padded(1760, frozenset({576, 192, 1536, 64}), 2, 8) <= 1762
+    assert padded(1761, frozenset({576, 192, 1536, 64}), 2, 8) <= 1764
