@@ -40,6 +40,9 @@ class Case:
     completion: str
     f: float
     tokens: tuple[float, ...]
+    ids: tuple[int, ...]  # of both, as /pooling is asked
+    pooled: tuple[float, ...]  # 0 for the first of them
+    chat_f: float | None  # as messages, where there is a chat template
 
 
 @dataclass(kw_only=True)
@@ -61,9 +64,30 @@ def expected(folder: Path, pairs: Sequence[tuple[str, str]]) -> list[Case]:
     scorer = RewardScorer.from_pretrained(folder)
     cases = []
     for prompt, completion in pairs:
-        (scored,) = scorer.score([prompt], [completion])
-        cases.append(Case(prompt=prompt, completion=completion, f=scored.f, tokens=scored.tokens.f))
+        pair = scorer.encode(prompt, completion)
+        ids = pair.prompt + pair.completion
+        (scored,) = scorer.score_encoded([pair])
+        (pooled,) = scorer.score([ids[:1]], [ids[1:]])
+        chat_f = None
+        if scorer.tokenizer.chat_template is not None:
+            (chat,) = scorer.score([_messages(prompt, completion)[:1]], [completion])
+            chat_f = chat.f
+        cases.append(
+            Case(
+                prompt=prompt,
+                completion=completion,
+                f=scored.f,
+                tokens=scored.tokens.f,
+                ids=tuple(ids),
+                pooled=(0.0, *pooled.tokens.f),
+                chat_f=chat_f,
+            )
+        )
     return cases
+
+
+def _messages(prompt: str, completion: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
 
 
 @contextmanager
@@ -162,9 +186,12 @@ def _client(
     rng: random.Random,
 ) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
+    paths = ["/score", "/get_reward", "/pooling"]
+    if cases[0].chat_f is not None:
+        paths.append("/classify")
     while time.monotonic() < until:
-        asked = rng.choices(cases, k=rng.randint(1, 4))
-        path = rng.choice(("/score", "/get_reward"))
+        path = rng.choice(paths)
+        asked = rng.choices(cases, k=1 if path == "/classify" else rng.randint(1, 4))
         body = json.dumps(_request(path, asked, end))
         start = time.monotonic()
         try:
@@ -192,6 +219,11 @@ def _request(path: str, asked: Sequence[Case], end: str) -> dict[str, Any]:
     prompts = [case.prompt for case in asked]
     if path == "/score":
         return {"prompts": prompts, "completions": [case.completion for case in asked]}
+    if path == "/pooling":
+        return {"input": [case.ids for case in asked], "use_activation": False}
+    if path == "/classify":
+        messages = _messages(asked[0].prompt, asked[0].completion)
+        return {"messages": messages, "use_activation": False}
     query = [case.prompt + case.completion + end for case in asked]
     return {"query": query, "prompts": prompts, "labels": [""] * len(asked)}
 
@@ -201,6 +233,12 @@ def _difference(path: str, asked: Sequence[Case], answer: dict[str, Any]) -> str
     if path == "/get_reward":
         wanted = [case.f for case in asked]
         return _far(path, answer["rewards"], wanted)
+    if path == "/pooling":
+        pooled = [value for case in asked for value in case.pooled]
+        return _far(path, [row[0] for one in answer["data"] for row in one["data"]], pooled)
+    if path == "/classify":
+        assert asked[0].chat_f is not None
+        return _far(path, answer["data"][0]["probs"], [asked[0].chat_f])
     results = answer["results"]
     if [one["text"] for one in results] != [case.completion for case in asked]:
         return f"{path}: the texts of others"

@@ -39,7 +39,7 @@ def test_under_load_nothing_is_lost_and_sigterm_finishes_what_was_asked(folder):
         result = load(port, cases, clients=16, seconds=2, end="<eos>")
         assert (result["lost"], result["mixed_up"]) == (0, 0), result["first_failures"]
         assert result["requests"] >= 16
-        assert set(result["by_route"]) == {"/score", "/get_reward"}
+        assert set(result["by_route"]) == {"/score", "/get_reward", "/pooling", "/classify"}
 
         asked = threading.Event()
         last = threading.Thread(target=ask_much, args=(port,))

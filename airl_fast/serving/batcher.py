@@ -130,13 +130,19 @@ class Batcher:
     def _run(self) -> None:
         while jobs := self._next():
             start, tokens = time.monotonic(), sum(job.tokens for job in jobs)
-            self._answer(jobs)
+            outcomes = self._outcomes(jobs)
             with self._changed:
                 self._busy += time.monotonic() - start
                 self._passes += 1
                 self._tokens += tokens
             if self._on_pass is not None:
                 self._on_pass(len(jobs), tokens)
+            # Counted first: who has an answer finds it in the counts.
+            for job, found in zip(jobs, outcomes, strict=True):
+                if isinstance(found, Exception):
+                    job.future.set_exception(found)
+                else:
+                    job.future.set_result(found)
 
     def _next(self) -> list[_Job]:
         """Wait for jobs and take as many as the budget holds; none when there is no more to do."""
@@ -156,28 +162,15 @@ class Batcher:
                 if jobs or self._closing:
                     return jobs
 
-    def _answer(self, jobs: Sequence[_Job]) -> None:
+    def _outcomes(self, jobs: Sequence[_Job]) -> list[list[Scored] | Exception]:
+        """The scores of every job, or why it has none."""
         try:
             scored = iter(self._score([pair for job in jobs for pair in job.pairs]))
         except Exception as error:
             if len(jobs) == 1:
-                jobs[0].future.set_exception(error)
-                return
-            for job in jobs:
-                self._answer([job])
-            return
-        for job in jobs:
-            found = [next(scored) for _ in job.pairs]
-            wrong = next((one for one in found if not _is_finite(one)), None)
-            if wrong is None:
-                job.future.set_result(found)
-            else:
-                job.future.set_exception(
-                    NonFiniteScore(
-                        f"the model scored {wrong.text[:80]!r} with a value that is not finite: "
-                        "look for NaN or overflow in its weights, and load it in float32"
-                    )
-                )
+                return [error]
+            return [outcome for job in jobs for outcome in self._outcomes([job])]
+        return [_checked([next(scored) for _ in job.pairs]) for job in jobs]
 
     def _drop_cancelled(self) -> None:
         self._jobs = deque(job for job in self._jobs if not job.future.cancelled())
@@ -185,6 +178,16 @@ class Batcher:
     def _seconds_of_waiting(self) -> int:
         rate = self._busy / self._tokens if self._tokens else 0.0  # seconds a token
         return max(1, math.ceil(rate * sum(job.tokens for job in self._jobs)))
+
+
+def _checked(found: list[Scored]) -> list[Scored] | NonFiniteScore:
+    for one in found:
+        if not _is_finite(one):
+            return NonFiniteScore(
+                f"the model scored {one.text[:80]!r} with a value that is not finite: look for NaN "
+                "or overflow in its weights, and load it in float32"
+            )
+    return found
 
 
 def _is_finite(scored: Scored) -> bool:
