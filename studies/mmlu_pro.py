@@ -116,13 +116,16 @@ class Study:
 
     def config(self, variant: Variant) -> RunConfig:
         """What the library's learner is told: f alone for the score head, f - log pi for lm."""
+        score = variant.head == "score"
+        rate = self.options.score_learning_rate if score else self.options.lm_learning_rate
         return load_config(
             "mmlu-pro-smollm2",
             [
                 f"policy.model={json.dumps(str(self.options.model))}",
                 f"discriminator.head={variant.head}",
                 "discriminator.trunk=own",
-                f"discriminator.logit={'f' if variant.head == 'score' else 'f-logp'}",
+                f"discriminator.logit={'f' if score else 'f-logp'}",
+                f"discriminator.head_learning_rate={rate}",
                 f"discriminator.learning_rate={self.options.learning_rate}",
                 "discriminator.span_logp=mean",
                 f"algorithm.granularity={variant.granularity}",
@@ -257,7 +260,8 @@ class Study:
         )
 
     def _settings(self) -> dict[str, Any]:
-        kept = ("train", "test", "max_prompt", "max_completion", "batch", "epochs", "learning_rate")
+        kept = ("train", "test", "max_prompt", "max_completion", "batch", "epochs",
+                "learning_rate", "score_learning_rate", "lm_learning_rate")  # fmt: skip
         return {key: getattr(self.options, key) for key in kept}
 
     def _keep_settings(self) -> None:
@@ -296,6 +300,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--batch", type=int, default=4, help="questions of an update (default: %(default)s)")
     add("--epochs", type=int, default=1, help="default: %(default)s")
     add("--learning-rate", type=float, default=5e-4, help="default: %(default)s")
+    add(
+        "--score-learning-rate",
+        type=float,
+        default=3e-4,
+        help="of the score head's row; 1e-2 makes f swing by units an update (default: %(default)s)",
+    )
+    add(
+        "--lm-learning-rate",
+        type=float,
+        default=1e-2,
+        help="of the lm head's scale and offset (default: %(default)s)",
+    )
     add("--token-budget", type=int, default=4096, help="default: %(default)s")
     add("--threads", type=int, help="CPU threads (default: torch's own)")
     options = parser.parse_args(argv)
