@@ -304,7 +304,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--score-learning-rate",
         type=float,
         default=3e-4,
-        help="of the score head's row; 1e-2 makes f swing by units an update (default: %(default)s)",
+        help="of the score head's row; at 1e-2 f swings by units an update (default: %(default)s)",
     )
     add(
         "--lm-learning-rate",
