@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from airl_fast.schema import RunConfig, RunSection, TaskConfig
+from airl_fast.schema_guards import GuardsConfig
 from airl_fast.schema_models import (
     AlgorithmConfig,
     DiscriminatorConfig,
@@ -28,6 +29,7 @@ __all__ = [
     "AlgorithmConfig",
     "ConfigError",
     "DiscriminatorConfig",
+    "GuardsConfig",
     "PolicyConfig",
     "RunConfig",
     "RunSection",

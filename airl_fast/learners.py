@@ -76,10 +76,11 @@ class DiscriminatorLearner:
         throttled = self.accuracy > self.config.accuracy_throttle
         with torch.set_grad_enabled(not throttled):
             metrics = self._loss(traces, logp)
-        self.accuracy += 0.1 * (metrics["disc/accuracy"] - self.accuracy)
         metrics["disc/throttled"] = float(throttled)
         if not throttled:
             metrics["disc/grad_norm"] = self.optimiser.step()
+        # Last, so that an update that is refused leaves the throttle as it was.
+        self.accuracy += 0.1 * (metrics["disc/accuracy"] - self.accuracy)
         return metrics
 
     def _loss(self, traces: Sequence[Trace], action_logp: Sequence[Tensor]) -> Metrics:
@@ -88,7 +89,7 @@ class DiscriminatorLearner:
         for trace in traces:
             spans[trace.source == Source.EXPERT] += len(trace.span_lengths)
         whole = 1.0 if self.config.logit == "wgan" else 0.5
-        total, floored = 0.0, 0.0
+        total, floored, magnitude = 0.0, 0.0, 0.0
         right, energy = {True: 0.0, False: 0.0}, {True: 0.0, False: 0.0}
         for indices, batch in micro_batches(traces, self.token_budget, self.policy.device):
             logp = torch.cat([action_logp[i] for i in indices])
@@ -113,7 +114,9 @@ class DiscriminatorLearner:
                 )
                 losses.append(whole * share * loss)
                 right[label] += share * float(stats.accuracy)
-                energy[label] += float(f.detach()[mine].sum()) / spans[label]
+                of_f, of_logits = self._sums(f.detach()[mine], logp[mine])
+                energy[label] += of_f / spans[label]
+                magnitude += 0.5 * of_logits / spans[label]
             loss = torch.stack(losses).sum()
             if loss.requires_grad:
                 loss.backward()
@@ -126,9 +129,15 @@ class DiscriminatorLearner:
             "disc/accuracy_policy": right[False],
             "disc/f_expert": energy[True],
             "disc/f_policy": energy[False],
+            "disc/logit": magnitude,
             "disc/logp_floored": floored,
             **{f"disc/{k[5:]}": p.item() for k, p in head.items() if p.numel() == 1},
         }
+
+    def _sums(self, f: Tensor, logp: Tensor) -> list[float]:
+        """The sums of f and of |logit| over spans, by one read from the device."""
+        logits = f - logp if self.config.logit == "f-logp" else f
+        return torch.stack([f.sum(), logits.abs().sum()]).tolist()
 
     @torch.no_grad()
     def _policy_hidden(self, batch: PackedBatch) -> Tensor | None:

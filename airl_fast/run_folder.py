@@ -20,7 +20,8 @@ from airl_fast.checkpoint import latest_checkpoint, load_checkpoint, save_checkp
 from airl_fast.config import RunConfig, load_config, save_config
 
 # What may differ between a run and its continuation: nothing that the weights depend on, but for
-# the order in which another number of threads adds up.
+# the order in which another number of threads adds up; and the guards, so that a run that one
+# stopped can go on past it.
 _FREE = {"output_dir", "resume", "checkpoint_every", "keep_checkpoints", "threads"}
 
 
@@ -112,7 +113,9 @@ class RunFolder:
             f"{section}.{key} ({saved[section].get(key)!r} -> {value!r})"
             for section, values in now.items()
             for key, value in values.items()
-            if not (section == "run" and key in free) and saved[section].get(key) != value
+            if section != "guards"
+            and not (section == "run" and key in free)
+            and saved[section].get(key) != value
         ]
         if changed:
             raise ValueError(

@@ -27,6 +27,7 @@ from airl_fast.batches import (
 from airl_fast.building import create_discriminator, load_policy
 from airl_fast.config import RunConfig
 from airl_fast.evaluation import auc
+from airl_fast.guards import Guards
 from airl_fast.learners import (
     DiscriminatorLearner,
     Metrics,
@@ -88,6 +89,10 @@ class Trainer:
         self._prepare_data()
         self._prepare_learners()
         self.folder = RunFolder(config)
+        lengths = [len(p.expert) for p in self.demonstrated.items if p.expert]
+        length = sum(lengths) / len(lengths) if lengths else None
+        models = self.policy, self.discriminator
+        self.guards = Guards(config, self.folder.path, *models, demonstrated_length=length)
 
     def train(self) -> list[dict[str, Any]]:
         """Run to the end, from the last checkpoint if there is one; return every step's metrics."""
@@ -95,10 +100,7 @@ class Trainer:
         while self.step < self.total_steps:
             started = time.perf_counter()
             phase = self._phase(self.step)
-            if phase == SFT:
-                metrics = self._sft_step(self.step)
-            else:
-                metrics = self._adversarial_step(self.step, phase)
+            metrics = self.guards.step(self._make_step, self.step, phase)
             self.step += 1
             metrics["seconds"] = time.perf_counter() - started
             self._evaluate(metrics)
@@ -106,11 +108,16 @@ class Trainer:
         self.save()
         return self.folder.history()
 
+    def _make_step(self, step: int) -> Metrics:
+        phase = self._phase(step)
+        return self._sft_step(step) if phase == SFT else self._adversarial_step(step, phase)
+
     def _sft_step(self, step: int) -> Metrics:
         """Imitation: the policy-gradient loss with advantage one on the demonstrations."""
         size = self.config.algorithm.sft_batch
         problems = self.demonstrated.take(step * size, size)
         traces = [self.maker.expert(problem, i) for i, problem in enumerate(problems)]
+        self.guards.saw(traces)
         ones = [torch.ones(len(trace.completion), device=self.policy.device) for trace in traces]
         metrics = self.sft_learner.update(traces, ones)
         metrics["policy/loss"] = -metrics["policy/logp"]  # with advantage one the loss reads -1
@@ -130,7 +137,9 @@ class Trainer:
         metrics = summarise(rollouts)
         experts = self._experts(problems)
         everything = [*traces, *experts, *self._negatives(problems, traces, step)]
+        self.guards.saw(everything)
         logp = self._logp(everything)
+        self.guards.saw(everything, logp)
         metrics["sampler_mismatch"] = largest_mismatch(rollouts, logp[: len(rollouts)])
 
         if self.disc_learner is not None:
@@ -140,6 +149,7 @@ class Trainer:
             contrast, contrast_logp = [everything[i] for i in seen], [logp[i] for i in seen]
             for _ in range(self.config.discriminator.updates_per_step):
                 metrics |= self.disc_learner.update(contrast, contrast_logp)
+            self.disc_learner.replay.add([trace for trace in traces if trace.group < self.shown])
         if phase == DISCRIMINATOR:
             return metrics
 
@@ -148,6 +158,7 @@ class Trainer:
         logp = logp[: len(traces)]
         rewards = self._rewards(problems, traces, logp, metrics)
         advantages = self._advantages(traces, rewards, metrics)
+        self.guards.advantages(advantages)
         old_logp = logp if algorithm.policy_updates > 1 else None
         ref_logp = self._reference_logp(traces)
         for _ in range(algorithm.policy_updates):
@@ -197,7 +208,6 @@ class Trainer:
         seed = derive_seed(self.config.run.seed, "negatives", step)
         fresh = [trace for trace in traces if trace.group < self.shown]
         replayed = replay.draw(round(config.replay_fraction * len(fresh)), seed)
-        replay.add(fresh)
         perturbed = [
             self.maker.perturbed(problems[i % self.shown], i % self.shown, seed + i)
             for i in range(config.perturbed_per_update)
@@ -223,6 +233,7 @@ class Trainer:
                 how = self.config.discriminator.span_logp
                 reward = reward - combine_logp(torch.cat(list(logp)), spans, how)
         metrics["reward/mean"] = float(reward.mean())
+        self.guards.rewards(reward, metrics["reward/mean"])
         metrics["reward/std"] = float(reward.std(correction=0))
         return _clipped(reward, self.config.algorithm.reward_clip, "reward/clipped", metrics)
 
@@ -366,6 +377,7 @@ class Trainer:
         elif self.discriminator is not None:
             trainable = self.discriminator.trainable()
             tensors |= {f"disc.{k}": p.detach() for k, p in trainable.items()}
+        state["guards"] = self.guards.state()
         self.folder.save(self.step, tensors, state)
 
     def _resume(self) -> None:
@@ -382,6 +394,7 @@ class Trainer:
             copy_parameters(self.discriminator.trainable(), tensors, "disc.")
         prefix = "reference."
         self.reference = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+        self.guards.restore(state.get("guards"))
         self.step = state["step"]
 
     def save(self) -> None:

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from airl_fast.ops._finite import NonFiniteValueError
+
 CHUNK_BYTES = 128 * 2**20  # of one logits buffer; tests lower it to force many chunks
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -163,7 +165,7 @@ def check_finite(name: str, values: Tensor, remedy: str) -> None:
     bad = ~values.isfinite()
     if bad.any():
         first = int(bad.nonzero()[0])
-        raise ValueError(f"{name}[{first}] is {float(values[first])}: {remedy}")
+        raise NonFiniteValueError(f"{name}[{first}] is {float(values[first])}: {remedy}")
 
 
 NON_FINITE_LOGITS = (

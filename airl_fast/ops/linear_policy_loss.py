@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from airl_fast.ops import _cpu_gradients, _cpu_head, _cuda_head, _triton
+from airl_fast.ops._finite import NonFiniteValueError
 from airl_fast.ops._head import (
     NON_FINITE_LOGITS,
     ChunkedHead,
@@ -256,7 +257,7 @@ def _linear_policy_loss(
     for name, result in (("logp", outputs[5]), ("entropy", outputs[6])):
         check_finite(name, result, NON_FINITE_LOGITS)
     if not outputs[0].isfinite():
-        raise ValueError(
+        raise NonFiniteValueError(
             f"the loss is {outputs[0].item()}: exp(logp - old_logp) or exp(ref_logp - logp) "
             "overflows; compute old_logp and ref_logp with these targets and this temperature"
         )

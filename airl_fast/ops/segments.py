@@ -15,6 +15,7 @@ from torch.compiler import is_dynamo_compiling
 from airl_fast import _C
 from airl_fast.ops import _cuda_spans, _triton
 from airl_fast.ops._eager import recorded
+from airl_fast.ops._finite import NonFiniteValueError
 from airl_fast.ops.dispatch import implements, pick
 
 
@@ -147,7 +148,7 @@ def check_finite(op: str, name: str, x: Tensor) -> None:
     finite = torch.isfinite(x)
     if not bool(finite.all()):
         at = int((~finite).nonzero()[0])
-        raise ValueError(
+        raise NonFiniteValueError(
             f"{op}: expected finite {name}, received {x[at].item()} at index {at}; "
             "look for the overflow or the empty mean that made it"
         )
