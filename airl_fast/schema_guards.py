@@ -1,12 +1,17 @@
 """The section on what a run is watched for; see ``schema.py`` and docs/guards.md."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from airl_fast.section import Float, Int, section
 
-Action = Literal["off", "warn", "stop"]
+
+def _off(value: object) -> object:
+    return "off" if value is False else value  # YAML reads a bare `off` as false
+
+
+Action = Annotated[Literal["off", "warn", "stop"], BeforeValidator(_off)]
 
 
 @section

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from airl_fast.advantages import token_advantages
+from airl_fast.audit import Audit
 from airl_fast.batches import (
     Problem,
     Shuffled,
@@ -93,6 +94,7 @@ class Trainer:
         length = sum(lengths) / len(lengths) if lengths else None
         models = self.policy, self.discriminator
         self.guards = Guards(config, self.folder.path, *models, demonstrated_length=length)
+        self.audit = Audit(config)
 
     def train(self) -> list[dict[str, Any]]:
         """Run to the end, from the last checkpoint if there is one; return every step's metrics."""
@@ -119,7 +121,8 @@ class Trainer:
         traces = [self.maker.expert(problem, i) for i, problem in enumerate(problems)]
         self.guards.saw(traces)
         ones = [torch.ones(len(trace.completion), device=self.policy.device) for trace in traces]
-        metrics = self.sft_learner.update(traces, ones)
+        metrics = self.audit.policy(step, self.sft_learner, traces, ones)
+        metrics |= self.sft_learner.update(traces, ones)
         metrics["policy/loss"] = -metrics["policy/logp"]  # with advantage one the loss reads -1
         return metrics
 
@@ -150,6 +153,9 @@ class Trainer:
             for _ in range(self.config.discriminator.updates_per_step):
                 metrics |= self.disc_learner.update(contrast, contrast_logp)
             self.disc_learner.replay.add([trace for trace in traces if trace.group < self.shown])
+        if self.discriminator is not None:
+            models = self.discriminator, self.policy
+            metrics |= self.audit.discriminator(step, *models, everything, logp)
         if phase == DISCRIMINATOR:
             return metrics
 
@@ -161,8 +167,10 @@ class Trainer:
         self.guards.advantages(advantages)
         old_logp = logp if algorithm.policy_updates > 1 else None
         ref_logp = self._reference_logp(traces)
+        given = traces, advantages, old_logp, ref_logp
+        metrics |= self.audit.policy(step, self.policy_learner, *given)
         for _ in range(algorithm.policy_updates):
-            metrics |= self.policy_learner.update(traces, advantages, old_logp, ref_logp)
+            metrics |= self.policy_learner.update(*given)
         return metrics
 
     # What a step is made of
