@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from airl_fast.config import RunConfig
 from airl_fast.learners import FORMS, Metrics, PolicyLearner, combine_logp
 from airl_fast.loading import Head
 from airl_fast.models import Discriminator, Policy
+from airl_fast.ops._head import present
 from airl_fast.ops.discriminator_loss import discriminator_loss
 from airl_fast.ops.dispatch import backend, serving
 from airl_fast.packing import PackedBatch, Source, Trace, pack, plan_traces
@@ -73,42 +75,52 @@ class Audit:
         head = _detached(policy.head)
         with torch.no_grad():
             states = policy.hidden(batch)
-            hidden = states[batch.state_index]
-            logp, entropy = policy.logprob(states, batch, learner.temperature)
+            read = policy.logprob(states, batch, learner.temperature)
+        hidden = states[batch.state_index]
         rows = self._draw(step, len(hidden)).to(hidden.device)
-        some = [None if x is None else x[rows] for x in constants]
-        targets, ends = batch.targets[rows], torch.arange(len(rows) + 1, dtype=torch.int32)
-        ends = ends.to(hidden.device)
+        drawn, of_drawn = batch.targets[rows], [None if x is None else x[rows] for x in constants]
+        ends = torch.arange(len(rows) + 1, dtype=torch.int32, device=hidden.device)
 
-        def loss(x: Tensor, head: Head) -> _Results:  # of the drawn rows, each a sequence
-            return _results(learner, x, head, targets, ends, some, actions)
+        def alone(x: Tensor, head: Head) -> _Results:  # the drawn rows, each a sequence
+            return _results(learner, x, head, drawn, ends, of_drawn, actions)
 
         whole = _results(learner, hidden, head, batch.targets, batch.cu_actions, constants, actions)
-        alone = loss(hidden[rows], head)
+        got = whole.at(rows, alone(hidden[rows], head).d_weight)
         with backend("reference"):
-            want = loss(hidden[rows].float(), replace(head, weight=head.weight.float()))
-        tensors = [hidden, head.weight, *([] if head.bias is None else [head.bias])]
-        reading = Comparison("linear_logprob", serving("linear_logprob", *tensors))
-        reading.values("log-prob", logp[rows], want.logp, rows, atol=_ATOL)
-        reading.values("entropy", entropy[rows], want.entropy, rows, atol=_ATOL)
-        training = Comparison("linear_policy_loss", serving("linear_policy_loss", *tensors))
-        training.values("log-prob", whole.logp[rows], want.logp, rows, atol=_ATOL)
-        training.values("entropy", whole.entropy[rows], want.entropy, rows, atol=_ATOL)
+            want = alone(hidden[rows].float(), replace(head, weight=head.weight.float()))
+
+        logprob = Comparison("linear_logprob", _backend("linear_logprob", hidden, head))
+        loss = Comparison("linear_policy_loss", _backend("linear_policy_loss", hidden, head))
+        for found, (logp, entropy) in (
+            (logprob, (read[0][rows], read[1][rows])),
+            (loss, (got.logp, got.entropy)),
+        ):
+            found.values("log-prob", logp, want.logp, rows, atol=_ATOL)
+            found.values("entropy", entropy, want.entropy, rows, atol=_ATOL)
+        rounding = self._coefficient(learner, of_drawn, head) / actions * _ROUNDING
+        self._gradients(loss, got, want, rows, (hidden[rows], head), rounding)
+        return {"audit/policy": max(logprob.worst, loss.worst)}
+
+    def _gradients(
+        self,
+        found: Comparison,
+        got: _Results,
+        want: _Results,
+        rows: Tensor,
+        inputs: tuple[Tensor, Head],
+        rounding: float,
+    ) -> None:
+        """Compare the gradients; the inputs are what a rounded coefficient is multiplied with."""
+        hidden, head = inputs
         rtol = max(_RTOL[hidden.dtype], _RTOL[head.weight.dtype])
-        bound = self._coefficient(learner, some, head) / actions * _ROUNDING
-        longest = float(head.weight.float().norm(dim=1).max())
-        got = whole.d_hidden[rows]
-        training.gradients(
-            "the gradient at the hidden state", got, want.d_hidden, rows,
-            rtol=rtol, floor=bound * longest,
-        )  # fmt: skip
-        if alone.d_weight is not None and want.d_weight is not None:
+        floor = rounding * float(head.weight.float().norm(dim=1).max())
+        name = "the gradient at the hidden state"
+        found.gradients(name, got.d_hidden, want.d_hidden, rows, rtol=rtol, floor=floor)
+        if got.d_weight is not None and want.d_weight is not None:
             words = torch.arange(len(head.weight))
-            training.gradients(
-                "the gradient of the head", alone.d_weight, want.d_weight, words,
-                rtol=rtol, floor=bound * float(hidden[rows].float().norm(dim=1).sum()),
-            )  # fmt: skip
-        return {"audit/policy": max(reading.worst, training.worst)}
+            floor = rounding * float(hidden.float().norm(dim=1).sum())
+            name = "the gradient of the head"
+            found.gradients(name, got.d_weight, want.d_weight, words, rtol=rtol, floor=floor)
 
     def discriminator(
         self,
@@ -161,7 +173,7 @@ class Audit:
         assert body is not None
         with torch.no_grad():
             hidden = body.hidden(batch)
-        actions, spans = _ranges(batch.cu_actions, chosen), _span_rows(batch, chosen)
+        actions, spans = _ranges(batch.cu_actions, chosen), _ranges(batch.cu_seq_spans, chosen)
         f, d_hidden = _differentiated(discriminator, batch, hidden, spans)
         # The same states in a batch of the chosen traces alone, for the reference.
         alone = pack([traces[i] for i in chosen], device=hidden.device)
@@ -170,22 +182,21 @@ class Audit:
         states[alone.state_index] = hidden[read].float()
         with backend("reference"):
             want_f, want_d = _differentiated(discriminator, alone, states, slice(None))
-        head = body.head
-        tensors = [hidden, head.weight, *([] if head.bias is None else [head.bias])]
+        head = _detached(body.head)
         lengths = batch.cu_spans.diff()[spans]
-        kappa = max(1.0, abs(float(discriminator.kappa)))
+        kappa = max(1.0, abs(float(discriminator.kappa.detach())))
         tokens = lengths if discriminator.span_logp == "sum" else torch.ones_like(lengths)
-        reading = Comparison("linear_logprob", serving("linear_logprob", *tensors))
+        reading = Comparison("linear_logprob", _backend("linear_logprob", hidden, head))
         reading.values("f", f, want_f, spans, atol=_ATOL * kappa * tokens)
         name = "linear_logprob_backward"
-        training = Comparison(name, serving(name, *tensors))
+        training = Comparison(name, _backend(name, hidden, head))
         training.gradients(
             "the gradient of f at the hidden state",
             d_hidden[read],
             want_d[alone.state_index],
             read,
             rtol=max(_RTOL[hidden.dtype], _RTOL[head.weight.dtype]),
-            floor=_ROUNDING * kappa * float(head.weight.detach().float().norm(dim=1).max()),
+            floor=_ROUNDING * kappa * float(head.weight.float().norm(dim=1).max()),
         )
         return max(reading.worst, training.worst)
 
@@ -242,14 +253,17 @@ class Audit:
         return largest * head.logit_scale / learner.temperature
 
 
-class _Results:
-    """What a policy loss gives for rows: [R], [R], [R, D] and, of a trained head, [V, D]."""
+class _Results(NamedTuple):
+    """What a policy loss gives for its rows."""
 
-    def __init__(
-        self, logp: Tensor, entropy: Tensor, d_hidden: Tensor, d_weight: Tensor | None
-    ) -> None:
-        self.logp, self.entropy = logp, entropy
-        self.d_hidden, self.d_weight = d_hidden, d_weight
+    logp: Tensor  # [R]
+    entropy: Tensor  # [R]
+    d_hidden: Tensor  # [R, D]
+    d_weight: Tensor | None  # [V, D]; None: a frozen head
+
+    def at(self, rows: Tensor, d_weight: Tensor | None) -> _Results:
+        """Some rows, with the gradient of the head that those alone give."""
+        return _Results(self.logp[rows], self.entropy[rows], self.d_hidden[rows], d_weight)
 
 
 def _results(
@@ -276,6 +290,10 @@ def _detached(head: Head) -> Head:
     return replace(head, weight=head.weight.detach(), bias=bias)
 
 
+def _backend(op: str, hidden: Tensor, head: Head) -> str:
+    return serving(op, *present(hidden, head.weight, head.bias))
+
+
 def _differentiated(
     discriminator: Discriminator, batch: PackedBatch, hidden: Tensor, spans: Tensor | slice
 ) -> tuple[Tensor, Tensor]:
@@ -292,7 +310,3 @@ def _ranges(offsets: Tensor, chosen: Sequence[int]) -> Tensor:
     edges = offsets.tolist()
     parts = [torch.arange(edges[i], edges[i + 1], device=offsets.device) for i in chosen]
     return torch.cat(parts)
-
-
-def _span_rows(batch: PackedBatch, chosen: Sequence[int]) -> Tensor:
-    return _ranges(batch.cu_seq_spans, chosen)
