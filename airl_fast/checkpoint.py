@@ -188,13 +188,13 @@ def verify_checkpoint(path: Path) -> None:
         if found is None:
             raise _damaged(path, f"{name} is missing")
         if found != size:
-            raise _damaged(path, f"{name} has {found} bytes, expected {size}")
+            raise _damaged(path, f"{name} has {found} bytes, {_MANIFEST} says {size}")
         try:
             same = _sha256(file) == digest
         except OSError as error:
             raise _damaged(path, f"{name} cannot be read: {error}") from error
         if not same:
-            raise _damaged(path, f"the SHA-256 of {name} is not the one it was written with")
+            raise _damaged(path, f"the SHA-256 of {name} is not the one in {_MANIFEST}")
 
 
 def _read_manifest(path: Path) -> dict[str, tuple[int, str]]:
