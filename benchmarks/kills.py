@@ -10,7 +10,9 @@ so that nothing in them may differ. A share of the kills is aimed, at
 - write: a checkpoint that is being written (its temporary folder is there),
 - export: policy/ and reward/ being written at the end;
 
-the others come at any moment of any step. Moments are drawn from ``--seed``.
+the others come at any moment of any step. Moments are drawn from ``--seed``. Every run is a process
+of its own, forked from one that has imported the package and done nothing else: importing it anew
+would be most of the study's time.
 """
 
 from __future__ import annotations
@@ -19,20 +21,28 @@ import argparse
 import json
 import os
 import random
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
+
+import airl_fast.progress
+import airl_fast.trainer  # noqa: F401  (what the command imports when it runs)
+from airl_fast.checkpoint import latest_checkpoint
+from airl_fast.cli import main
+from benchmarks import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = (
     "run.steps=4",
     "run.threads=1",
     "run.eval_every=2",
+    "run.eval_samples=2",
     "run.checkpoint_every=2",
     "algorithm.sft_warmup=2",
     "algorithm.kl_beta=0.1",
@@ -41,7 +51,7 @@ RUN = (
     "discriminator.replay=16",
     "discriminator.replay_fraction=0.5",
     "sampling.prompts_per_step=4",
-    "sampling.group_size=4",
+    "sampling.group_size=2",
     "sampling.temperature=0.8",
     "task.demonstrations=40",
     "task.unlabelled=40",
@@ -62,18 +72,31 @@ class Kill:
     checkpoint: str  # the newest whole one
     unfinished: list[str]  # temporary names that were left
     seconds: float  # of the killed process's life
-    resumed: int  # the exit status of the second process
+    resumed: int | None  # the exit status of the second process
     differences: list[str]
 
 
-def start(cwd: Path, overrides: Sequence[str] = RUN) -> subprocess.Popen[bytes]:
-    """Start the run in ``cwd``/run."""
+def start(cwd: Path, prepare: Callable[[], None] = lambda: None) -> ForkProcess:
+    """Start the run in ``cwd``/run; ``prepare`` is called in its process."""
     cwd.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "airl_fast", "train", "arithmetic", "run.output_dir=run"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    with (cwd / "log.txt").open("ab") as log:
-        return subprocess.Popen([*command, *overrides], cwd=cwd, env=environment, stdout=log,
-                                stderr=log)  # fmt: skip
+    process = get_context("fork").Process(target=_train, args=(cwd, prepare))
+    process.start()
+    return process
+
+
+def _train(cwd: Path, prepare: Callable[[], None]) -> None:
+    os.chdir(cwd)
+    log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    prepare()
+    sys.exit(main(["train", "arithmetic", "run.output_dir=run", *RUN]))
+
+
+def ended(process: ForkProcess) -> int | None:
+    """Wait for the end; the exit status."""
+    process.join()
+    return process.exitcode
 
 
 def differences(whole: Path, other: Path) -> list[str]:
@@ -114,27 +137,25 @@ def kill_and_resume(cwd: Path, whole: Path, aim: str, rng: random.Random) -> Kil
     time.sleep(rng.random() * {"start": 0.02, "write": 0.04, "export": 0.03, "step": 0.4}[aim])
     process.kill()
     seconds = time.monotonic() - began
-    if process.wait() == 0 or not arrived:
+    if ended(process) == 0 or not arrived:
         return None
     left = unfinished(cwd / "run")
     metrics = cwd / "run" / "metrics.jsonl"
     finished = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
     checkpoint = _newest(cwd / "run" / "checkpoints")
-    resumed = start(cwd).wait()
+    resumed = ended(start(cwd))
     found = differences(whole, cwd / "run")
     return Kill(aim, finished, checkpoint, left, round(seconds, 2), resumed, found)
 
 
 def _newest(folder: Path) -> str:
-    from airl_fast.checkpoint import latest_checkpoint
-
     path = latest_checkpoint(folder)
     return path.name if path else "none"
 
 
-def _wait(process: subprocess.Popen[bytes], there: Callable[[], bool]) -> bool:
+def _wait(process: ForkProcess, there: Callable[[], bool]) -> bool:
     while not there():
-        if process.poll() is not None:
+        if not process.is_alive():
             return False
         time.sleep(_POLL)
     return True
@@ -186,12 +207,12 @@ def write(found: dict[str, Any], kills: Sequence[Kill], folder: Path) -> None:
     (folder / "results.json").write_text(json.dumps(found, indent=1) + "\n")
     same = sum(not kill.differences and kill.resumed == 0 for kill in kills)
     writing = sum(bool(kill.unfinished) for kill in kills)
-    environment = found["environment"]
+    machine = found["environment"]
     text = (
         "# Killed and resumed\n\n"
-        f"{environment['hardware']}, {environment['cores']} cores, one thread, "
-        f"{str(environment['date'])[:10]}, airl_fast {environment['versions']['airl_fast']}, torch "
-        f"{environment['versions']['torch']}. Made by `python -m benchmarks.kills --kills "
+        f"{machine['hardware']}, {machine['cores']} cores, one thread, "
+        f"{str(machine['date'])[:10]}, airl_fast {machine['versions']['airl_fast']}, torch "
+        f"{machine['versions']['torch']}. Made by `python -m benchmarks.kills --kills "
         f"{len(kills)} --seed {found['seed']}`.\n\n"
         f"{same} of {len(kills)} runs that were killed once by SIGKILL and resumed by the same "
         f"command ended with the bytes of the run that was not. {writing} kills left something "
@@ -201,7 +222,7 @@ def write(found: dict[str, Any], kills: Sequence[Kill], folder: Path) -> None:
     (folder / "results.md").write_text(text + table(kills) + "\n")
 
 
-def main() -> int:
+def study() -> int:
     """Run the study; 1 where a resumed run ended otherwise."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kills", description=__doc__,
                                      formatter_class=argparse.RawTextHelpFormatter)  # fmt: skip
@@ -211,15 +232,13 @@ def main() -> int:
                         help="default: benchmarks/results/HARDWARE-DATE/kills")  # fmt: skip
     options = parser.parse_args()
 
-    from benchmarks import environment
-
     described = environment.describe()
     folder = options.output or ROOT / "benchmarks/results" / environment.slug(described) / "kills"
     rng, kills, late = random.Random(options.seed), [], 0
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         for name in ("whole", "again"):
-            if start(root / name).wait() != 0:
+            if ended(start(root / name)) != 0:
                 raise RuntimeError((root / name / "log.txt").read_text())
         whole = root / "whole" / "run"
         if found := differences(whole, root / "again" / "run"):
@@ -242,4 +261,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(study())
