@@ -19,9 +19,17 @@ if TYPE_CHECKING:
 def demo(arguments: argparse.Namespace) -> int:
     """``airl-fast demo``."""
     from airl_fast.demo import DemoSettings, run_demo
+    from airl_fast.demo_jobs import StoppedError
 
     _hush()
-    run_demo(arguments.output_dir, DemoSettings(seed=arguments.seed))
+    try:
+        run_demo(arguments.output_dir, DemoSettings(seed=arguments.seed))
+    except StoppedError as stopped:
+        print(
+            f"airl-fast: {stopped}; the same command goes on from there",
+            file=sys.stderr,
+        )
+        return stopped.status
     return 0
 
 

@@ -85,8 +85,13 @@ def whole_folder(final: Path) -> Iterator[Path]:
             move_into_place(partial, final)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    for path in final.parent.glob(f"{final.name}.tmp-*"):
-        remove(path)
+    sweep(final)
+
+
+def sweep(path: Path) -> None:
+    """Delete what killed processes left of files and folders that were to be ``path``."""
+    for left in path.parent.glob(f"{path.name}.tmp-*"):
+        remove(left)
 
 
 def temporary(path: Path) -> Path:

@@ -25,7 +25,7 @@ from airl_fast.checkpoint import (
     save_checkpoint,
 )
 from airl_fast.config import RunConfig, load_config, save_config
-from airl_fast.durable import explained, flush, make_folder, whole_folder, write_text
+from airl_fast.durable import explained, flush, make_folder, sweep, whole_folder, write_text
 from airl_fast.models import Discriminator, Policy
 from airl_fast.tasks import Task
 
@@ -122,6 +122,8 @@ class RunFolder:
         """Write what is there before the first step of a process."""
         with explained(str(self.path)):
             make_folder(self.path)
+            for file in (self.path / "config.yaml", self._metrics, self.best.path):
+                sweep(file)
             save_config(self.config, self.path / "config.yaml")
             write_text(self._metrics, metrics)
 

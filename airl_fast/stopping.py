@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -18,11 +19,15 @@ class StopSignals:
     once more raises KeyboardInterrupt where the program stands. A signal that the process ignores
     (``nohup``, a shell's background jobs) stays ignored. The handlers are put back at the end.
 
+    Args:
+        then: called once, when the first signal comes.
+
     Attributes:
         received: the first signal, or None.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, then: Callable[[], object] = lambda: None) -> None:
+        self.then = then
         self.received: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
 
@@ -63,6 +68,7 @@ class StopSignals:
             raise KeyboardInterrupt
         if self.received is None:
             self.received = signal.Signals(number)
-            text = "finishing this step, then saving; Ctrl-C stops at once"
+            text = "finishing the step, then saving it; Ctrl-C stops at once"
             # Not print: the signal may have come within another write to the same stream.
             os.write(2, f"airl-fast: {self.received.name}: {text}\n".encode())
+            self.then()

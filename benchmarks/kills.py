@@ -213,7 +213,7 @@ def write(found: dict[str, Any], kills: Sequence[Kill], folder: Path) -> None:
         f"{machine['hardware']}, {machine['cores']} cores, one thread, "
         f"{str(machine['date'])[:10]}, airl_fast {machine['versions']['airl_fast']}, torch "
         f"{machine['versions']['torch']}. Made by `python -m benchmarks.kills --kills "
-        f"{len(kills)} --seed {found['seed']}`.\n\n"
+        f"{found['asked']} --seed {found['seed']}`.\n\n"
         f"{same} of {len(kills)} runs that were killed once by SIGKILL and resumed by the same "
         f"command ended with the bytes of the run that was not. {writing} kills left something "
         f"half-written; {found['late']} more came after the moment they were aimed at, and were "
@@ -241,8 +241,8 @@ def study() -> int:
             if ended(start(root / name)) != 0:
                 raise RuntimeError((root / name / "log.txt").read_text())
         whole = root / "whole" / "run"
-        if found := differences(whole, root / "again" / "run"):
-            raise RuntimeError(f"two runs that nobody killed differ: {found}")
+        if differing := differences(whole, root / "again" / "run"):
+            raise RuntimeError(f"two runs that nobody killed differ: {differing}")
         for i, aim in enumerate(aims(options.kills)):
             for attempt in range(_ATTEMPTS):
                 kill = kill_and_resume(root / f"{i}-{attempt}", whole, aim, rng)
@@ -252,10 +252,10 @@ def study() -> int:
             else:
                 raise RuntimeError(f"no kill aimed at {aim} came in time; is the machine busy?")
             kills.append(kill)
+            found = {"environment": described, "seed": options.seed, "late": late, "run": RUN,
+                     "asked": options.kills, "kills": [asdict(kill) for kill in kills]}  # fmt: skip
+            write(found, kills, folder)
             print(f"{i + 1}/{options.kills} {table([kill]).splitlines()[-1]}", flush=True)
-    found = {"environment": described, "seed": options.seed, "late": late, "run": RUN,
-             "kills": [asdict(kill) for kill in kills]}  # fmt: skip
-    write(found, kills, folder)
     print(folder / "results.md")
     return int(any(kill.differences or kill.resumed for kill in kills))
 
