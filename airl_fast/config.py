@@ -16,6 +16,7 @@ import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from airl_fast.durable import write_text
 from airl_fast.schema import RunConfig, RunSection, TaskConfig
 from airl_fast.schema_guards import GuardsConfig
 from airl_fast.schema_models import (
@@ -94,11 +95,8 @@ def load_config(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -
 
 def save_config(config: RunConfig, path: str | os.PathLike[str]) -> None:
     """Write the whole configuration, defaults included, as YAML that ``load_config`` reads."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
     tree = _plain(asdict(config))
-    partial.write_text(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), "utf-8")
-    os.replace(partial, path)  # whole or not at all
+    write_text(Path(path), yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
 
 
 def describe_config() -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ from airl_fast.optimisation import Optimiser
 from airl_fast.packing import Source, Trace
 from airl_fast.passes import action_logp, offsets, per_trace_sum, span_energies
 from airl_fast.rollout import Rollout, largest_mismatch, sample, summarise
-from airl_fast.run_folder import RunFolder
+from airl_fast.run_folder import RunFolder, write_models
 from airl_fast.spans import span_rule
 from airl_fast.tasks import Task, load_task
 from airl_fast.validation import outcome_rewards, sample_problems, traces_of
@@ -59,6 +60,8 @@ class Trainer:
         policy: instead of loading ``config.policy``; trained in place.
         discriminator: instead of making one from ``config.discriminator``; trained in place.
         on_step: called after every step with its metrics (a progress display).
+        should_stop: called once after every step; where it is true, the step is saved and the run
+            ends there, to go on another time (``stopping.StopSignals``).
 
     Attributes:
         policy, discriminator: the models; no discriminator for a baseline.
@@ -73,6 +76,7 @@ class Trainer:
         policy: Policy | None = None,
         discriminator: Discriminator | None = None,
         on_step: Callable[[dict[str, Any]], None] | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         if config.run.threads is not None:
             torch.set_num_threads(config.run.threads)
@@ -84,6 +88,7 @@ class Trainer:
             self.discriminator = discriminator or create_discriminator(config, self.policy)
         self._starts_as_policy = discriminator is None and config.discriminator.model is None
         self.on_step = on_step
+        self.should_stop = should_stop
 
         self.sft_steps, self.total_steps = config.sft_steps, config.total_steps
         self.step = 0
@@ -97,7 +102,15 @@ class Trainer:
         self.audit = Audit(config)
 
     def train(self) -> list[dict[str, Any]]:
-        """Run to the end, from the last checkpoint if there is one; return every step's metrics."""
+        """Run to the end, from the last checkpoint if there is one; return every step's metrics.
+
+        Where ``should_stop`` ended it before, ``step`` is less than ``total_steps`` and no final
+        weights are written.
+
+        Raises:
+            ValueError: the folder holds another run, or one that may not go on.
+            WriteError, CheckpointError: the folder cannot be written to, or is damaged.
+        """
         self._resume()
         while self.step < self.total_steps:
             started = time.perf_counter()
@@ -106,7 +119,10 @@ class Trainer:
             self.step += 1
             metrics["seconds"] = time.perf_counter() - started
             self._evaluate(metrics)
-            self._record({"step": self.step, "phase": phase, **metrics})
+            stopping = self.should_stop()
+            self._record({"step": self.step, "phase": phase, **metrics}, save=stopping)
+            if stopping and self.step < self.total_steps:
+                return self.folder.history()
         self.save()
         return self.folder.history()
 
@@ -364,9 +380,10 @@ class Trainer:
                 score = per_trace_sum(energies).cpu()
                 metrics["valid/auc_f"] = auc(score.numpy(), right.numpy())
 
-    def _record(self, metrics: dict[str, Any]) -> None:
+    def _record(self, metrics: dict[str, Any], *, save: bool) -> None:
         self.folder.record(metrics)
-        if self.step % self.config.run.checkpoint_every == 0 or self.step == self.total_steps:
+        due = self.step % self.config.run.checkpoint_every == 0 or self.step == self.total_steps
+        if self.folder.best.improves(metrics) or due or save:
             self.save_checkpoint()
         if self.on_step is not None:
             self.on_step(metrics)
@@ -390,9 +407,11 @@ class Trainer:
 
     def _resume(self) -> None:
         found = self.folder.open()
-        if found is None:
-            return
-        tensors, state = found
+        if found is not None:
+            self.restore(*found)
+
+    def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Set what ``save_checkpoint`` wrote."""
         copy_parameters(self.policy.trainable(), tensors, "policy.")
         self.sft_learner.optimiser.restore(tensors, state["sft"], "sft_adamw")
         self.policy_learner.optimiser.restore(tensors, state["policy"], "policy_adamw")
@@ -405,23 +424,17 @@ class Trainer:
         self.guards.restore(state.get("guards"))
         self.step = state["step"]
 
-    def save(self) -> None:
-        """Write the final weights: DIR/policy and, where there is one, DIR/reward."""
-        self.policy.save(self.folder.policy)
-        if self.discriminator is not None:
-            algorithm = self.config.algorithm
-            self.discriminator.save(
-                self.folder.reward,
-                training={
-                    "granularity": algorithm.granularity,
-                    "interval": algorithm.interval,
-                    "boundary": self.task.step_boundary,
-                    "reward": algorithm.reward,
-                    "logit": self.config.discriminator.logit,
-                    "temperature": self.config.sampling.temperature,
-                    "task": self.task.name,
-                },
-            )
+    def save(self, folder: Path | None = None) -> None:
+        """Write the weights, whole or not at all: DIR/policy and, where there is one, DIR/reward.
+
+        Args:
+            folder: DIR; by default the run's.
+
+        Raises:
+            WriteError: it cannot be written to.
+        """
+        models = (self.policy, self.discriminator)
+        write_models(folder or self.folder.path, *models, self.config, self.task)
 
 
 def _clipped(values: Tensor, limit: float | None, name: str, metrics: Metrics) -> Tensor:
