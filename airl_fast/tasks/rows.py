@@ -66,6 +66,37 @@ def iter_rows(path: Path) -> Iterator[Row]:
         raise ValueError(f"{path}: no rows; expected a JSON object a line")
 
 
+class RowFile:
+    """The rows of a file, read anew each time they are iterated over, and never held.
+
+    A pipe can be read only once: its rows are kept.
+
+    Raises:
+        ValueError: (while iterating) as `iter_rows`; the file has changed since the first time.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._kept = None if path.is_file() else read_rows(path)
+        self._state = self._found()
+
+    def __iter__(self) -> Iterator[Row]:
+        if self._kept is not None:
+            yield from self._kept
+            return
+        self._check()
+        yield from iter_rows(self.path)
+        self._check()
+
+    def _found(self) -> tuple[int, int]:
+        found = self.path.stat()
+        return found.st_size, found.st_mtime_ns
+
+    def _check(self) -> None:
+        if self._found() != self._state:
+            raise ValueError(f"{self.path}: it changed while it was read; start when it is whole")
+
+
 def parse_row(line: bytes, number: int, path: Path) -> Row:
     """Read one line of a file.
 
