@@ -218,8 +218,9 @@ def data(size: float) -> Rows:
         assert len(task.train) == count - 600
         shuffled = Shuffled(task.train, 0, "demonstrated")
         clock("an epoch's order, first row", lambda: shuffled.take(0, 1))
-        drawn = clock("10,000 rows in that order", lambda: shuffled.take(1, 10_000))
-        assert len({e.id for e in drawn}) == 10_000
+        few = min(10_000, count // 2)
+        drawn = clock(f"{few} rows in that order", lambda: shuffled.take(1, few))
+        assert len({e.id for e in drawn}) == few
         for example in drawn[::100]:
             i = int(example.id.rsplit("-", 1)[1])
             assert (example.prompt, example.completion) == (f"{i}+1=", f"{i}+1={i + 1}")
