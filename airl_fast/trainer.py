@@ -311,12 +311,13 @@ class Trainer:
         self.validation = encode(self.task.validation, tokenizer)
         if config.algorithm.name == "airl" and config.discriminator.perturbed_per_update:
             self.maker.check_perturbable(self.task.train)
-        check_lengths(
-            [*self.demonstrated.items, *self.unlabelled.items, *self.validation],
-            max_new_tokens=config.sampling.max_new_tokens,
-            token_budget=config.run.token_budget,
-            context=self.policy.context,
-        )
+        for problems in (self.demonstrated.items, self.unlabelled.items, self.validation):
+            check_lengths(
+                problems,
+                max_new_tokens=config.sampling.max_new_tokens,
+                token_budget=config.run.token_budget,
+                context=self.policy.context,
+            )
         self.shown = config.shown_prompts
 
     def _prepare_learners(self) -> None:

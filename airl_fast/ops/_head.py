@@ -249,6 +249,11 @@ class ChunkedHead:
             z.mul_(self.softcap / self.temperature)
         return torch.log_softmax(z, -1, out=self._log_probs[: len(x)])
 
+    def log_sums(self, log_probs: Tensor) -> Tensor:
+        """Log-sum-exps ``[R]`` float64 of the rows; to be asked for before the entropy."""
+        z = self._scratch[: len(log_probs)]
+        return z.amax(-1).double() - log_probs.amax(-1).double()
+
     def entropy(self, log_probs: Tensor) -> Tensor:
         """Entropy ``[R]``; a sum of terms of one sign, so it is never negative."""
         terms = torch.exp(log_probs, out=self._scratch[: len(log_probs)]).mul_(log_probs)

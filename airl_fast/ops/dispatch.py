@@ -151,6 +151,7 @@ def explain() -> Explanation:
 _OPERATOR_MODULES = (
     "linear_logprob",
     "linear_policy_loss",
+    "vocab_parallel",
     "airl_score",
     "discriminator_loss",
     "segments",
