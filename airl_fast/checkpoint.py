@@ -23,6 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from airl_fast.parsing import parse_object, shown
+
 _log = logging.getLogger(__name__)
 
 _TENSORS, _STATE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
@@ -126,8 +128,11 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     path = Path(path)
     verify_checkpoint(path)
-    state = json.loads((path / _STATE).read_text(encoding="utf-8"))
-    return load_file(path / _TENSORS), state
+    try:
+        state = parse_object((path / _STATE).read_text(encoding="utf-8"))
+        return load_file(path / _TENSORS), state
+    except (ValueError, SafetensorError) as error:
+        raise CheckpointError(f"checkpoint {path} is damaged: {str(error)[:500]}") from error
 
 
 def verify_checkpoint(path: Path) -> None:
@@ -137,17 +142,18 @@ def verify_checkpoint(path: Path) -> None:
         CheckpointError: naming the checkpoint, the file and what differs.
     """
     try:
-        manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+        manifest = parse_object((path / _MANIFEST).read_text(encoding="utf-8"))
         found_format, files = manifest["format"], manifest["files"]
         expected = {name: (files[name]["bytes"], files[name]["sha256"]) for name in files}
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is not a whole checkpoint: no {_MANIFEST}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"checkpoint {path} is damaged: {_MANIFEST}: {error!r}") from error
+        what = f"{type(error).__name__}: {str(error)[:500]}"
+        raise CheckpointError(f"checkpoint {path} is damaged: {_MANIFEST}: {what}") from error
     if found_format != _FORMAT:
         raise CheckpointError(
-            f"checkpoint {path} has format {found_format}, expected {_FORMAT}: read it with the "
-            "version of airl_fast that wrote it"
+            f"checkpoint {path} has format {shown(found_format)}, expected {_FORMAT}: read it with "
+            "the version of airl_fast that wrote it"
         )
     for name in (_TENSORS, _STATE):
         if name not in expected:
@@ -159,7 +165,7 @@ def verify_checkpoint(path: Path) -> None:
             raise CheckpointError(f"checkpoint {path} is damaged: {name} is missing")
         if found != size:
             raise CheckpointError(
-                f"checkpoint {path} is damaged: {name} has {found} bytes, expected {size}"
+                f"checkpoint {path} is damaged: {name} has {found} bytes, expected {shown(size)}"
             )
         if _sha256(file) != digest:
             raise CheckpointError(

@@ -16,6 +16,7 @@ import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from airl_fast.parsing import shown
 from airl_fast.schema import RunConfig, RunSection, TaskConfig
 from airl_fast.schema_models import (
     AlgorithmConfig,
@@ -45,7 +46,16 @@ class ConfigError(ValueError):
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML in which a repeated key is an error, where PyYAML would keep the last in silence."""
+    """YAML without aliases, and in which a repeated key is an error: PyYAML keeps the last."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Refuse aliases."""
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(
+                None, None, "aliases are not taken: write the value out", event.start_mark
+            )
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Build a mapping after checking that its keys differ."""
@@ -56,10 +66,25 @@ class _StrictLoader(yaml.SafeLoader):
                 continue  # the parent class words this refusal
             if key in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is given twice", key_node.start_mark
+                    None, None, f"the key {shown(key)} is given twice", key_node.start_mark
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+def load_yaml(text: str) -> Any:
+    """Read YAML as plain values.
+
+    Raises:
+        ValueError: no YAML, a key given twice, an alias (a few of them can stand for more than
+            any memory holds), or what Python cannot make of a number or a date.
+    """
+    try:
+        return yaml.load(text, Loader=_StrictLoader)  # a SafeLoader: it builds plain values only
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        raise ValueError(str(error)[:1000]) from None
 
 
 def recipes() -> list[str]:
@@ -171,11 +196,11 @@ def _read(source: str | os.PathLike[str]) -> tuple[str, str]:
 def _parse(text: str, where: str) -> dict[str, Any]:
     """Return YAML text as sections; an empty section counts as absent."""
     try:
-        tree = yaml.load(text, Loader=_StrictLoader)  # a SafeLoader: it builds plain values only
-    except yaml.YAMLError as error:
+        tree = load_yaml(text)
+    except ValueError as error:
         raise ConfigError(f"{where}: not readable as YAML: {error}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"{where}: expected sections such as `run:`, received {tree!r}")
+        raise ConfigError(f"{where}: expected sections such as `run:`, received {shown(tree)}")
     return {key: value for key, value in tree.items() if value is not None}
 
 
@@ -185,17 +210,19 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     section, dot, field = key.partition(".")
     if not equals or not text.strip():
         raise ConfigError(
-            f"the override {override!r} has no value; write section.key=value, such as "
+            f"the override {shown(override)} has no value; write section.key=value, such as "
             "run.steps=100 (null for none)"
         )
     if not dot and section in _sections():
-        raise ConfigError(f"the override {override!r} sets a whole section; write {key}.KEY=VALUE")
+        raise ConfigError(
+            f"the override {shown(override)} sets a whole section; write {key}.KEY=VALUE"
+        )
     if not dot:
-        raise ConfigError(f"the override {override!r}: {_unknown(section)}")
+        raise ConfigError(f"the override {shown(override)}: {_unknown(section)}")
     try:
-        value = yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{key}: {text!r} is not readable as YAML: {error}") from None
+        value = load_yaml(text)
+    except ValueError as error:
+        raise ConfigError(f"{key}: {shown(text)} is not readable as YAML: {error}") from None
     branch = tree.setdefault(section, {})
     if isinstance(branch, dict):  # otherwise _check_keys names the section
         branch[field] = value
@@ -232,7 +259,7 @@ def _key_problems(tree: dict[str, Any]) -> Iterator[str]:
             keys = [f"{name}.{key}" for key in branch] if isinstance(branch, dict) else [str(name)]
             yield from map(_unknown, keys)
         elif not isinstance(branch, dict):
-            yield f"{name}: expected `key: value` lines, received {branch!r}"
+            yield f"{name}: expected `key: value` lines, received {shown(branch)}"
         else:
             known = _fields(sections[name])
             yield from (_unknown(f"{name}.{key}") for key in branch if key not in known)
@@ -257,7 +284,7 @@ def _explain(error: ValidationError) -> Iterator[str]:
         received = item["input"]
         line = f"{key}: {message[0].lower()}{message[1:]}"
         if "received" not in line:
-            line += f"; received {received!r} ({type(received).__name__})"
+            line += f"; received {shown(received)} ({type(received).__name__})"
         if item["type"] == "string_type":
             line += f"; quote it: {key}='\"{received}\"'"
         if item["type"] == "tuple_type":

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from airl_fast.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from airl_fast.config import RunConfig, load_config, save_config
+from airl_fast.parsing import parse_object, shown
 
 # What may differ between a run and its continuation: nothing that the weights depend on, but for
 # the order in which another number of threads adds up.
@@ -61,7 +62,13 @@ class RunFolder:
             self._metrics.write_text("")
             return None
         tensors, state = load_checkpoint(latest)
-        self._check_same(state["config"])
+        saved, step = state.get("config"), state.get("step")
+        if not isinstance(saved, dict) or not isinstance(step, int):
+            raise ValueError(
+                f"{latest} has no configuration or no step: it is no checkpoint of a run; delete "
+                "it, or restore it from a copy"
+            )
+        self._check_same(saved)
         if state["step"] > self.config.total_steps:
             raise ValueError(
                 f"{self.path} holds {state['step']} finished steps, and run.steps="
@@ -78,8 +85,13 @@ class RunFolder:
             file.write(json.dumps(metrics) + "\n")
 
     def history(self) -> list[dict[str, Any]]:
-        """Every step's metrics so far."""
-        return [json.loads(line) for line in self._metrics.read_text().splitlines()]
+        """Every step's metrics so far.
+
+        Raises:
+            ValueError: a line that is not the metrics of a step, with its number.
+        """
+        lines = self._metrics.read_text("utf-8").splitlines()
+        return [_step_metrics(line, self._metrics, i) for i, line in enumerate(lines, start=1)]
 
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Write a checkpoint after ``step`` finished steps."""
@@ -95,8 +107,9 @@ class RunFolder:
         What follows the last line of a finished step may be half-written: it is not read.
         """
         kept = []
-        for line in self._metrics.read_text().splitlines(keepends=True):
-            if not line.endswith("\n") or json.loads(line)["step"] > step:
+        lines = self._metrics.read_text("utf-8").splitlines(keepends=True)
+        for i, line in enumerate(lines, start=1):
+            if not line.endswith("\n") or _step_metrics(line, self._metrics, i)["step"] > step:
                 break
             kept.append(line)
         partial = self._metrics.with_suffix(".tmp")
@@ -109,16 +122,27 @@ class RunFolder:
         constant = self.config.policy.final_lr_fraction == 1
         free = _FREE | {"steps"} if constant else _FREE
         changed = [
-            f"{section}.{key} ({saved[section].get(key)!r} -> {value!r})"
+            f"{section}.{key} ({shown(before.get(key))} -> {value!r})"
             for section, values in now.items()
+            for before in [saved[section] if isinstance(saved.get(section), dict) else {}]
             for key, value in values.items()
-            if not (section == "run" and key in free) and saved[section].get(key) != value
+            if not (section == "run" and key in free) and before.get(key) != value
         ]
         if changed:
             raise ValueError(
                 f"{self.path} holds a run of another configuration; it differs in "
                 f"{', '.join(changed)}: choose another run.output_dir, or restore the values"
             )
+
+
+def _step_metrics(line: str, path: Path, number: int) -> dict[str, Any]:
+    try:
+        metrics = parse_object(line)
+    except ValueError as error:
+        raise ValueError(f"{path}, line {number}: {error}; restore the file from a copy") from None
+    if not isinstance(metrics.get("step"), int):
+        raise ValueError(f"{path}, line {number}: no number of a 'step'; it is no run's metrics")
+    return metrics
 
 
 def _jsonable(value: Any) -> Any:

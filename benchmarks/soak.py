@@ -28,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,11 @@ class Log:
     def minutes(self) -> float:
         """Since the log was opened."""
         return (time.monotonic() - self._start) / 60
+
+    def pauses(self, interval: float) -> int:
+        """How often the machine held everything for three intervals (in seconds) or more."""
+        times = [sample["minutes"] for sample in self.samples]
+        return sum(60 * (after - before) > 3 * interval for before, after in pairwise(times))
 
     def add(self, process: psutil.Process, values: dict[str, Any]) -> None:
         """Append what the process holds now, and the values."""
@@ -228,8 +234,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     warmup = arguments.minutes / 10 if arguments.warmup is None else arguments.warmup
     start = log.samples[early]["minutes"] if early < len(log.samples) else log.minutes
     warm = [sample for sample in log.samples[early:] if sample["minutes"] >= start + warmup]
-    trends = [fit(warm, quantity) for quantity in quantities] if warm else []
+    try:
+        trends = [fit(warm, quantity) for quantity in quantities]
+    except ValueError as error:
+        print(f"nothing can be said: {error}", file=sys.stderr)
+        trends = []
     about |= {"samples": len(log.samples), "fitted": len(warm), "warmup_minutes": start + warmup}
+    about["pauses"] = log.pauses(interval)
     soak_page.write(output, arguments.what, log.samples, trends, about, environment)
     return 0 if trends and all(_is_flat(trend) for trend in trends) else 3
 

@@ -120,7 +120,13 @@ def fit(samples: Sequence[dict[str, float]], quantity: Quantity) -> Trend:
 def blocks(
     samples: Sequence[dict[str, float]], quantity: Quantity
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Hours and values of the blocks that have any samples, both [n]."""
+    """Hours and values of the blocks that have any samples, both [n].
+
+    Raises:
+        ValueError: no samples.
+    """
+    if not samples:
+        raise ValueError("expected samples after the warm-up, received none: go longer")
     minutes = np.array([sample["minutes"] for sample in samples])
     column = np.array([sample[quantity.column] for sample in samples])
     edges = np.linspace(minutes[0], minutes[-1], BLOCKS + 1)

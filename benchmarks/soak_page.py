@@ -65,7 +65,7 @@ def _markdown(result: dict[str, Any], trends: Sequence[Trend]) -> str:
         f"{environment['hardware']}, {environment['cores']} cores, {environment['date'][:10]}; "
         f"load average {result['load_before']} before and {result['load_after']} after. "
         f"{result['samples']} samples; those of the first {result['warmup_minutes']:.1f} minutes "
-        f"are warm-up and not fitted. {facts}".rstrip(),
+        f"are warm-up and not fitted. {result['pauses']} pauses of the machine. {facts}".rstrip(),
         "",
         "Theil-Sen slopes with 95% intervals. Flat: the whole interval is within the tolerance; "
         "drifts: none of it; else the soak cannot tell.",
@@ -81,7 +81,7 @@ def _markdown(result: dict[str, Any], trends: Sequence[Trend]) -> str:
             f"{quantity.tolerance:g} | {trend.verdict} |"
         )
     if not trends:
-        lines.append("| too short: nothing is left after the warm-up | | | | | undecided |")
+        lines.append("| too few samples after the warm-up | | | | | undecided |")
     return "\n".join([*lines, "", "![over time](soak.png)", ""])
 
 

@@ -66,6 +66,8 @@ def test_a_rate_is_what_was_added_over_what_was_done():
 def test_too_few_samples_are_refused():
     with pytest.raises(ValueError, match="expected 8 finite points or more, received 5: go longer"):
         fit(samples([1.0] * 5), MEMORY)
+    with pytest.raises(ValueError, match="expected samples after the warm-up, received none"):
+        fit([], MEMORY)
 
 
 def test_only_finished_lines_are_read_and_each_once(tmp_path):
@@ -80,6 +82,12 @@ def test_only_finished_lines_are_read_and_each_once(tmp_path):
     row["step"] = 2
     path.write_text(json.dumps({**row, "step": 1}) + "\n" + json.dumps(row) + "\n")
     assert (steps.read(4)["steps"], steps.read(4)["kilotokens"]) == (2, 0.4)
+
+
+def test_pauses_of_the_machine_are_counted(tmp_path):
+    log = Log(tmp_path / "samples.csv")
+    log.samples = [{"minutes": m} for m in (0.0, 0.1, 1.5, 1.6, 1.7, 4.0)]
+    assert log.pauses(5) == 2
 
 
 def test_a_log_sees_handles_that_are_left_open(tmp_path):
@@ -101,7 +109,7 @@ def test_the_page_says_what_drifts(tmp_path, what, quantities):
     found = [dict.fromkeys(columns, 5.0 + i) | {"minutes": float(i)} for i in range(30)]
     trends = [fit(found, quantity) for quantity in quantities]
     environment = {"hardware": "a processor", "cores": 2, "date": "2026-01-01T00:00:00"}
-    about = {"load_before": 0.1, "samples": 30, "warmup_minutes": 3.0}
+    about = {"load_before": 0.1, "samples": 30, "warmup_minutes": 3.0, "pauses": 0}
     soak_page.write(tmp_path, what, found, trends, about, environment)
     text = (tmp_path / "results.md").read_text()
     assert "| resident memory | 19.5 MiB | +60 MiB an hour | +60 to +60 | 10 | drifts |" in text
