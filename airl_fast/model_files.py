@@ -22,6 +22,7 @@ from airl_fast.parsing import parse_object, shown
 TRUST_VARIABLE = "AIRL_FAST_TRUST_REMOTE_CODE"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _INDEX = "model.safetensors.index.json"
+_CONFIG = "config.json"
 _ADAPTER, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _REMEDY = (
     "load it where you trust it, with transformers, and save it again: save_pretrained writes "
@@ -35,7 +36,8 @@ def check_model_folder(folder: Path, gguf_file: str | None = None) -> None:
 
     Raises:
         ValueError: it has weights as pickles alone, an index of files that are no safetensors of
-            this folder, an adapter that is no plain LoRA, or a GGUF file of another folder.
+            this folder, an adapter that is no plain LoRA, a configuration that names code, or a
+            GGUF file of another folder.
     """
     if gguf_file is not None and (Path(gguf_file).is_absolute() or ".." in Path(gguf_file).parts):
         raise ValueError(f"expected a GGUF file inside {folder}, received {shown(gguf_file)}")
@@ -45,6 +47,8 @@ def check_model_folder(folder: Path, gguf_file: str | None = None) -> None:
         _check_index(folder / _INDEX)
     if (folder / _ADAPTER).is_file():
         check_adapter(folder)
+    if (folder / _CONFIG).is_file():
+        _check_config(folder / _CONFIG)
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
     if pickles and not any(folder.glob("*.safetensors")):
         raise ValueError(
@@ -115,6 +119,24 @@ def _check_index(path: Path) -> None:
             raise ValueError(
                 f"{path} names {shown(name)}: expected safetensors files in its folder; {_REMEDY}"
             )
+
+
+def _check_config(path: Path) -> None:
+    """Refuse what has made transformers run code unasked (CVE-2026-4372, CVE-2026-5241)."""
+    waiting: list[Any] = [_object(path)]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, list):
+            waiting += node
+        elif isinstance(node, dict):
+            waiting += node.values()
+            for key, value in node.items():
+                code = "attn_implementation" in key and isinstance(value, str) and "/" in value
+                if code or (key == "trust_remote_code" and value):
+                    raise ValueError(
+                        f"{path}: {shown(key)} is {shown(value)}, which asks for code from "
+                        "elsewhere: remove it if you trust the rest of the folder"
+                    )
 
 
 def _object(path: Path) -> dict[str, Any]:

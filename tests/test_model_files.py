@@ -167,6 +167,20 @@ def test_a_saved_folder_cannot_ask_for_code_in_the_users_name(
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"_attn_implementation_internal": "somebody/attention"},
+        {"text_config": {"attn_implementation": "somebody/attention@main"}},
+        {"inner": [{"trust_remote_code": True}]},
+    ],
+)
+def test_a_configuration_cannot_name_code(plain, changes):
+    write(plain / "config.json", **changes)
+    with pytest.raises(ValueError, match="which asks for code from elsewhere"):
+        Policy.from_pretrained(plain)
+
+
 @pytest.mark.parametrize("name", ["../a.gguf", "/tmp/a.gguf"])
 def test_a_gguf_file_is_inside_its_folder(plain, name):
     with pytest.raises(ValueError, match="expected a GGUF file inside"):
