@@ -78,7 +78,7 @@ class EvalSummary:
             finite = all(math.isfinite(p.mean + p.low + p.high) for p in points)
             if not finite or any(not 1 <= p.n < 2**53 for p in points):
                 raise ValueError(
-                    f"curve {shown(name)}: expected n from 1 to 2^53 and finite values"
+                    f"curve {shown(name)}: expected n >= 1, below 2^53, and finite values"
                 )
         for name, values in self.histograms.items():
             if not np.all(np.isfinite(np.asarray(values, np.float64))):
