@@ -147,7 +147,7 @@ def verify_checkpoint(path: Path) -> None:
         expected = {name: (files[name]["bytes"], files[name]["sha256"]) for name in files}
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is not a whole checkpoint: no {_MANIFEST}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         what = f"{type(error).__name__}: {str(error)[:500]}"
         raise CheckpointError(f"checkpoint {path} is damaged: {_MANIFEST}: {what}") from error
     if found_format != _FORMAT:

@@ -41,6 +41,11 @@ __all__ = [
 ]
 
 
+_LONGEST_KEY = 100  # characters; what is longer is cut in a message
+_DEEPEST = 50  # levels of YAML; a configuration has three
+_MOST_PROBLEMS = 20  # lines of a message
+
+
 class ConfigError(ValueError):
     """A configuration that cannot be run: the key, what it holds, and what to do."""
 
@@ -48,14 +53,22 @@ class ConfigError(ValueError):
 class _StrictLoader(yaml.SafeLoader):
     """YAML without aliases, and in which a repeated key is an error: PyYAML keeps the last."""
 
+    _depth = 0
+
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """Refuse aliases."""
+        """Refuse aliases, and nesting that takes PyYAML the square of its depth."""
         if self.check_event(yaml.AliasEvent):
             event = self.peek_event()
             raise yaml.composer.ComposerError(
                 None, None, "aliases are not taken: write the value out", event.start_mark
             )
-        return super().compose_node(parent, index)
+        if self._depth == _DEEPEST:
+            raise yaml.composer.ComposerError(None, None, "it is nested too deeply")
+        self._depth += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Build a mapping after checking that its keys differ."""
@@ -83,8 +96,9 @@ def load_yaml(text: str) -> Any:
         return yaml.load(text, Loader=_StrictLoader)  # a SafeLoader: it builds plain values only
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    except (yaml.YAMLError, ValueError, TypeError) as error:
-        raise ValueError(str(error)[:1000]) from None
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError) as error:
+        # PyYAML's constructors raise the last three where a tag does not fit its value.
+        raise ValueError(f"{type(error).__name__}: {str(error)[:1000]}") from None
 
 
 def recipes() -> list[str]:
@@ -230,6 +244,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 def _unknown(key: str) -> str:
     """Say that a dotted or bare key is unknown, with the nearest one that exists."""
+    if len(key) > _LONGEST_KEY:
+        return f"{key[:_LONGEST_KEY]}...: no such key (`airl-fast train --help` lists all)"
     all_keys = [f"{name}.{field}" for name, cls in _sections().items() for field in _fields(cls)]
     section, _, field = key.rpartition(".")
     mine = [known.partition(".")[2] for known in all_keys if known.startswith(f"{section}.")]
@@ -248,6 +264,9 @@ def _did_you_mean(name: str, known: Sequence[str]) -> str:
 def _check_keys(tree: dict[str, Any]) -> None:
     """Refuse unknown and missing keys, all of them at once."""
     problems = list(_key_problems(tree))
+    if len(problems) > _MOST_PROBLEMS:
+        rest = len(problems) - _MOST_PROBLEMS
+        problems = [*problems[:_MOST_PROBLEMS], f"and {rest} more"]
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -286,7 +305,7 @@ def _explain(error: ValidationError) -> Iterator[str]:
         if "received" not in line:
             line += f"; received {shown(received)} ({type(received).__name__})"
         if item["type"] == "string_type":
-            line += f"; quote it: {key}='\"{received}\"'"
+            line += f"; quote it: {key}='\"{shown(received)}\"'"
         if item["type"] == "tuple_type":
             line += f"; write a list: {key}='[\"{received}\"]'"
         section, _, field = key.partition(".")

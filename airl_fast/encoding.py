@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any, Literal
 
-from airl_fast.parsing import shown
+from airl_fast.parsing import shown, shown_names
 from airl_fast.spans import decode, span_offsets, span_rule
 from airl_fast.tasks.base import Example, Message, encode_completion, encode_prompt
 
@@ -206,7 +206,7 @@ def _message(turn: Any) -> Message:
 def _only_message(turns: Any) -> str:
     messages = [_message(turn) for turn in turns]
     if len(messages) != 1 or messages[0].role != "assistant":
-        roles = ", ".join(message.role for message in messages)
+        roles = shown_names(message.role for message in messages)
         raise ValueError(
             f"expected a completion of one assistant message, received the roles {roles}: put "
             "earlier turns into the prompt"

@@ -2,8 +2,9 @@
 
 libFuzzer's byte mutations, guided by the coverage of airl_fast, take turns with mutations of JSON
 trees (``mutations.py``). A finding does not stop the run: its kind is said once, and its first
-input is kept in ``--findings``. ``all`` runs every target in a process of its own and writes a
-table. Exit status 1: something was found.
+input is kept in ``--findings``; so is an input that takes 10 seconds or more (slow-unit-...).
+``all`` runs every target in a process of its own and writes a table. Exit status 1: something was
+found.
 """
 
 from __future__ import annotations
@@ -82,10 +83,12 @@ def fuzz(name: str, seconds: int, findings: Path) -> None:
                 raw = isinstance(seed, Raw)
                 content = seed.text.encode("latin-1", "replace") if raw else dumps(seed)
                 (corpus / f"{variant}-{i}").write_bytes(bytes([variant]) + content)
+        findings.mkdir(parents=True, exist_ok=True)
         run = watched(target, work, findings / name, Counter())
         options = [
             f"-max_total_time={seconds}", f"-max_len={_LARGEST}", "-timeout=60",
             "-rss_limit_mb=4096", "-print_final_stats=1", "-len_control=0",
+            f"-artifact_prefix={findings}/{name}-",
         ]  # fmt: skip
         atheris.Setup([sys.argv[0], *options, str(corpus)], run, custom_mutator=change)
         atheris.Fuzz()

@@ -1,10 +1,14 @@
 """What fuzzing found, as plain tests; and a short run of every target without atheris."""
 
 import gzip
+import itertools
 import json
 import random
+import re
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from airl_fast.calibration import Calibration
 from airl_fast.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
@@ -15,6 +19,7 @@ from airl_fast.report.run import report_run
 from airl_fast.run_folder import RunFolder
 from airl_fast.score_files import score_file
 from airl_fast.tasks import rows
+from airl_fast.tasks.answers import find_answer
 from fuzz import seeds
 from fuzz.__main__ import _NAMES
 from fuzz.mutations import mutated
@@ -157,6 +162,9 @@ def test_a_checkpoint_that_fits_its_manifest_may_still_be_damaged(tmp_path):
             load_checkpoint(path)
         (path / name).write_bytes(kept)
         (path / "manifest.json").write_text(before)
+    (path / "manifest.json").write_text('{"format": 1, "files": [true]}')
+    with pytest.raises(CheckpointError, match="list index out of range"):
+        load_checkpoint(path)
     (path / "manifest.json").write_text(DEEP)
     with pytest.raises(CheckpointError, match="nested too deeply"):
         load_checkpoint(path)
@@ -189,6 +197,8 @@ def test_yaml_that_cannot_be_taken_is_a_config_error(tmp_path):
         ("[" * 5000 + "]" * 5000, "nested too deeply"),
         (LONG, "Exceeds the limit"),
         ("run: {steps: 2001-99-99}", "month must be in"),
+        ("run: !!timestamp x", "AttributeError"),
+        ("run: !!bool x", "KeyError"),
         ("a: &a [1]\nb: *a", "aliases are not taken"),
         ("run: !!python/object/apply:os.system ['true']", "could not determine a constructor"),
     ):
@@ -199,6 +209,13 @@ def test_yaml_that_cannot_be_taken_is_a_config_error(tmp_path):
         load_config("arithmetic", ["run.seed=2001-99-99"])
     with pytest.raises(ConfigError, match="the override 'xxx") as raised:
         load_config("arithmetic", ["x" * 10**6])
+    assert len(str(raised.value)) < LONGEST
+    with pytest.raises(ConfigError, match="no such key") as raised:
+        load_config("arithmetic", ["run." + "x" * 10**6 + "=1"])
+    assert len(str(raised.value)) < LONGEST
+    path.write_text("\n".join(f"a{i}: 1" for i in range(3000)))
+    with pytest.raises(ConfigError, match=r"and 29.. more") as raised:
+        load_config(path)
     assert len(str(raised.value)) < LONGEST
     assert load_yaml("a: [1, 2]") == {"a": [1, 2]}
 
@@ -218,6 +235,7 @@ def test_a_report_of_a_strange_run_says_what_is_wrong(tmp_path):
         ({"notes": [1]}, "expected texts as 'title'"),
         ({"histograms": {"a": [10**400]}}, "'histograms' is not as documented"),
         ({"reliability": {"a": [[0.5, 0.5, 10**400]]}}, "a count from 1 to 2"),
+        ({"reliability": {"a": []}}, "expected bins, got none"),
     ):
         evaluation.write_text(json.dumps({**seeds.REPORT[3][0], **changes}))
         with pytest.raises(ValueError, match=message):
@@ -240,3 +258,45 @@ def test_scores_that_are_none_name_their_line(tmp_path, changes, message):
     with pytest.raises(ValueError, match=f"line 1: not a line of .*{message}") as raised:
         report_run(tmp_path / "page.html", scores=path)
     assert len(str(raised.value)) < LONGEST
+
+
+@pytest.mark.parametrize(
+    "piece", ["x", "1", "1,", "( ", " ", "<answer>", "</answer>", "\\boxed{", "}", "answer is "]
+)
+def test_an_answer_is_found_in_linear_time(piece):
+    """Of 500,000 characters; what took the square of their number would take hours."""
+    found = find_answer(piece * (500_000 // len(piece)))
+    assert found is None or isinstance(found, str)
+
+
+@given(
+    st.lists(
+        st.sampled_from(
+            ["<answer>", "</answer>", "\\boxed{", "{", "}", "a", "7", "\n", " ", "The answer is: ",
+             "answer is", "#### ", "\\"]
+        ),
+        max_size=14,
+    ).map("".join)
+)  # fmt: skip
+def test_answers_are_found_as_plain_regular_expressions_find_them(text):
+    """The forms as the docstring of find_answer has them, however slow."""
+    hashes = re.search(r"^[ \t]*####[ \t]*(.*)$", text, re.MULTILINE)
+    tags = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
+    phrases = re.findall(r".*\banswer is:?\s*(.*)", text, re.IGNORECASE)
+    boxed = None
+    for start in reversed([match.end() for match in re.finditer(r"\\boxed\{", text)]):
+        depths = list(itertools.accumulate({"{": 1, "}": -1}.get(c, 0) for c in text[start:]))
+        if -1 in depths:
+            boxed = text[start : start + depths.index(-1)]
+            break
+    forms = [hashes and hashes[1], tags and tags[-1], boxed, phrases and phrases[-1]]
+    expected = next((form for form in forms if form is not None and form != []), None)
+    assert find_answer(text) == (None if expected is None else expected.strip())
+
+
+def test_roles_of_a_refused_completion_are_cut():
+    from fuzz.server import ask
+
+    pytest.importorskip("fastapi", reason="the serve extra is not installed")
+    turns = [{"role": "user", "content": "a"}, {"role": "x" * 100_000, "content": "b"}]
+    ask(3, json.dumps({"messages": turns}).encode())  # raises where an answer is long

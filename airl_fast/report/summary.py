@@ -68,6 +68,8 @@ class EvalSummary:
 
     def __post_init__(self) -> None:
         for name, bins in self.reliability.items():
+            if not bins:
+                raise ValueError(f"reliability of {shown(name)}: expected bins, got none")
             for b in bins:
                 if not (0 <= b.p_mean <= 1 and 0 <= b.fraction <= 1 and 0 < b.count < 2**53):
                     raise ValueError(
