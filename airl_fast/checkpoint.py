@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -30,6 +31,7 @@ from airl_fast.durable import (
     retire,
     temporary,
 )
+from airl_fast.parsing import parse_object, shown
 
 _log = logging.getLogger(__name__)
 
@@ -171,8 +173,11 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     path = Path(path)
     verify_checkpoint(path)
-    state = json.loads((path / _STATE).read_text(encoding="utf-8"))
-    return load_file(path / _TENSORS), state
+    try:
+        state = parse_object((path / _STATE).read_text(encoding="utf-8"))
+        return load_file(path / _TENSORS), state
+    except (ValueError, SafetensorError) as error:
+        raise CheckpointError(f"checkpoint {path} is damaged: {str(error)[:500]}") from error
 
 
 def verify_checkpoint(path: Path) -> None:
@@ -188,7 +193,7 @@ def verify_checkpoint(path: Path) -> None:
         if found is None:
             raise _damaged(path, f"{name} is missing")
         if found != size:
-            raise _damaged(path, f"{name} has {found} bytes, {_MANIFEST} says {size}")
+            raise _damaged(path, f"{name} has {found} bytes, {_MANIFEST} says {shown(size)}")
         try:
             same = _sha256(file) == digest
         except OSError as error:
@@ -200,11 +205,11 @@ def verify_checkpoint(path: Path) -> None:
 def _read_manifest(path: Path) -> dict[str, tuple[int, str]]:
     """Size and SHA-256 of each file. It has no digest of its own: anything unexpected is damage."""
     try:
-        manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+        manifest = parse_object((path / _MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"] != _FORMAT:
             raise CheckpointError(
-                f"checkpoint {path} has format {manifest['format']}, expected {_FORMAT}: read it "
-                "with the version of airl_fast that wrote it"
+                f"checkpoint {path} has format {shown(manifest['format'])}, expected {_FORMAT}: "
+                "read it with the version of airl_fast that wrote it"
             )
         files = manifest["files"]
         for name in (_TENSORS, _STATE):
@@ -215,12 +220,13 @@ def _read_manifest(path: Path) -> dict[str, tuple[int, str]]:
         step = manifest["step"]
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is not a whole checkpoint: no {_MANIFEST}") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(path, f"{_MANIFEST}: {error!r}") from error
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        what = f"{type(error).__name__}: {str(error)[:500]}"
+        raise _damaged(path, f"{_MANIFEST}: {what}") from error
     if lengths != [3, 2, 2, 2]:
         raise _damaged(path, f"{_MANIFEST} has entries that were not written")
     if _FOLDER.fullmatch(path.name) and step != _step(path):
-        raise _damaged(path, f"{_MANIFEST} is of step {step}; a copy needs another name")
+        raise _damaged(path, f"{_MANIFEST} is of step {shown(step)}; a copy needs another name")
     return expected
 
 

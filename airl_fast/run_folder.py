@@ -27,6 +27,7 @@ from airl_fast.checkpoint import (
 from airl_fast.config import RunConfig, load_config, save_config
 from airl_fast.durable import explained, flush, make_folder, sweep, whole_folder, write_text
 from airl_fast.models import Discriminator, Policy
+from airl_fast.parsing import parse_object, shown
 from airl_fast.tasks import Task
 
 # What may differ between a run and its continuation: nothing that the weights depend on, but for
@@ -76,7 +77,13 @@ class RunFolder:
             self.best.restore([], ())
             return None
         tensors, state = load_checkpoint(latest)
-        self._check_same(state["config"])
+        saved, step = state.get("config"), state.get("step")
+        if not isinstance(saved, dict) or not isinstance(step, int):
+            raise ValueError(
+                f"{latest} has no configuration or no step: it is no checkpoint of a run; delete "
+                "it, or restore it from a copy"
+            )
+        self._check_same(saved)
         if state["step"] > self.config.total_steps:
             raise ValueError(
                 f"{self.path} holds {state['step']} finished steps, and run.steps="
@@ -100,8 +107,13 @@ class RunFolder:
             file.write(line)
 
     def history(self) -> list[dict[str, Any]]:
-        """Every step's metrics so far."""
-        return [json.loads(line) for line in self._metrics.read_text().splitlines()]
+        """Every step's metrics so far.
+
+        Raises:
+            ValueError: a line that is not the metrics of a step, with its number.
+        """
+        lines = self._metrics.read_text("utf-8").splitlines()
+        return [_step_metrics(line, self._metrics, i) for i, line in enumerate(lines, start=1)]
 
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Write a checkpoint after ``step`` finished steps; keep the last few and the best.
@@ -138,8 +150,8 @@ class RunFolder:
         for step in range(1, steps + 1):
             line = kept[step - 1] if step <= len(kept) else ""
             try:
-                found = json.loads(line)["step"] == step and line.endswith("\n")
-            except (ValueError, TypeError, KeyError):
+                found = parse_object(line)["step"] == step and line.endswith("\n")
+            except (ValueError, LookupError):
                 found = False
             if not found:
                 raise ValueError(
@@ -155,12 +167,13 @@ class RunFolder:
         constant = self.config.policy.final_lr_fraction == 1
         free = _FREE | {"steps"} if constant else _FREE
         changed = [
-            f"{section}.{key} ({saved[section].get(key)!r} -> {value!r})"
+            f"{section}.{key} ({shown(before.get(key))} -> {value!r})"
             for section, values in now.items()
+            for before in [saved[section] if isinstance(saved.get(section), dict) else {}]
             for key, value in values.items()
             if section != "guards"
             and not (section == "run" and key in free)
-            and saved[section].get(key) != value
+            and before.get(key) != value
         ]
         if changed:
             raise ValueError(
@@ -192,6 +205,16 @@ def write_models(
     }
     with explained(str(folder / "reward")), whole_folder(folder / "reward") as made:
         discriminator.save(made, training=training)
+
+
+def _step_metrics(line: str, path: Path, number: int) -> dict[str, Any]:
+    try:
+        metrics = parse_object(line)
+    except ValueError as error:
+        raise ValueError(f"{path}, line {number}: {error}; restore the file from a copy") from None
+    if not isinstance(metrics.get("step"), int):
+        raise ValueError(f"{path}, line {number}: no number of a 'step'; it is no run's metrics")
+    return metrics
 
 
 def _jsonable(value: Any) -> Any:

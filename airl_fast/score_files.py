@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from airl_fast.encoding import EncodedPair
+from airl_fast.parsing import shown, shown_names
 from airl_fast.ranking import AnswerReader, Method, check_method, rank
 from airl_fast.scores import By, Location, Scored, locate_step
 from airl_fast.tasks.rows import Row, RowFile
@@ -202,7 +203,7 @@ def _label(row: Row) -> int:
     label = _value(row, "label")
     if not isinstance(label, int) or isinstance(label, bool) or label < -1:
         raise ValueError(
-            f"{row.where}: 'label' is {label!r}, expected the 0-based first wrong step, or -1"
+            f"{row.where}: 'label' is {shown(label)}, expected the 0-based first wrong step, or -1"
         )
     return label
 
@@ -211,7 +212,7 @@ def _completions(row: Row) -> list[Any]:
     completions = _value(row, "completions")
     if not isinstance(completions, list) or not completions:
         raise ValueError(
-            f"{row.where}: 'completions' is {completions!r}, expected a list of one or more"
+            f"{row.where}: 'completions' is {shown(completions)}, expected a list of one or more"
         )
     return completions
 
@@ -224,8 +225,8 @@ def _answers(row: Row) -> list[str | None] | None:
     texts = isinstance(answers, list) and all(a is None or isinstance(a, str) for a in answers)
     if not texts or len(answers) != size:
         raise ValueError(
-            f"{row.where}: 'answers' is {answers!r}, expected {size} texts (or null), one for each "
-            "completion"
+            f"{row.where}: 'answers' is {shown(answers)}, expected {size} texts (or null), one "
+            "for each completion"
         )
     return list(answers)
 
@@ -253,7 +254,7 @@ class _Rows:
 
 def _value(row: Row, key: str) -> Any:
     if key not in row.values:
-        found = ", ".join(map(repr, row.values)) or "nothing"
+        found = shown_names(row.values)
         raise ValueError(f"{row.where}: no column {key!r} among {found}; add it")
     return row.values[key]
 
@@ -264,7 +265,7 @@ def traced(row: Row) -> tuple[Any, Any]:
         return _value(row, "prompt"), _value(row, "completion")
     steps = _value(row, "steps")
     if not isinstance(steps, list) or not steps or not all(isinstance(s, str) for s in steps):
-        raise ValueError(f"{row.where}: 'steps' is {steps!r}, expected a list of texts")
+        raise ValueError(f"{row.where}: 'steps' is {shown(steps)}, expected a list of texts")
     return _value(row, "problem"), steps
 
 

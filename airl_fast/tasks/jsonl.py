@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from airl_fast.parsing import shown
 from airl_fast.tasks.answers import canonical, find_answer, same_answer, wrong_number
 from airl_fast.tasks.base import Example, Message, Prompt
 from airl_fast.tasks.drawing import draw_rows
@@ -186,15 +187,15 @@ def _messages(row: Row, key: str) -> tuple[Message, ...]:
     """Return a column of messages, each checked."""
     turns: Any = row.values[key]
     if not isinstance(turns, list) or not turns:
-        raise ValueError(f"{row.where}: {key!r} is {turns!r}, expected a list of messages")
+        raise ValueError(f"{row.where}: {key!r} is {shown(turns)}, expected a list of messages")
     messages = []
     for i, turn in enumerate(turns):
         where = f"{row.where}, {key}[{i}]"
         if not isinstance(turn, dict):
-            raise ValueError(f"{where}: {turn!r}, expected an object with role and content")
+            raise ValueError(f"{where}: {shown(turn)}, expected an object with role and content")
         inner = Row(values=turn, where=where)
         role = inner.text("role", f"a role is one of {', '.join(_ROLES)}")
         if role not in _ROLES:
-            raise ValueError(f"{where}: role {role!r}, expected one of {', '.join(_ROLES)}")
+            raise ValueError(f"{where}: role {shown(role)}, expected one of {', '.join(_ROLES)}")
         messages.append(Message(role=role, content=inner.text("content", "a turn has a text")))
     return tuple(messages)

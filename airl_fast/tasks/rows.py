@@ -1,17 +1,21 @@
 """Rows of JSON lines, with their place in the file, and the subsets drawn from them."""
 
 import gzip
-import json
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from airl_fast.parsing import parse_json, shown, shown_names
 from airl_fast.tasks.base import Example
 from airl_fast.tasks.drawing import Split, draw_rows, prompt_key
+
+LONGEST_LINE = 2**28  # bytes: a small compressed file may hold one line that fills the memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,13 +32,13 @@ class Row:
             ValueError: the key is missing, no text, or empty; with the row and the remedy.
         """
         if key not in self.values:
-            found = ", ".join(map(repr, self.values)) or "nothing"
+            found = shown_names(self.values)
             raise ValueError(f"{self.where}: no column {key!r} among {found}; {remedy}")
         value = self.values[key]
         if not isinstance(value, str):
             raise ValueError(
-                f"{self.where}: {key!r} is {value!r} ({type(value).__name__}), expected a text; "
-                f"{remedy}"
+                f"{self.where}: {key!r} is {shown(value)} ({type(value).__name__}), expected a "
+                f"text; {remedy}"
             )
         if not value.strip():
             raise ValueError(f"{self.where}: {key!r} is empty; {remedy}")
@@ -45,8 +49,8 @@ def read_rows(path: Path) -> list[Row]:
     """Read a file of JSON lines, compressed (.gz) or not; blank lines are no rows.
 
     Raises:
-        ValueError: a line that is not UTF-8, not JSON or not an object, with its number; or a
-            file without rows.
+        ValueError: a line that is not UTF-8, not JSON, not an object or longer than
+            ``LONGEST_LINE``, with its number; or a file without rows.
     """
     return list(iter_rows(path))
 
@@ -56,11 +60,18 @@ def iter_rows(path: Path) -> Iterator[Row]:
     empty = True
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
+            for number in count(1):
+                if not (line := file.readline(LONGEST_LINE + 1)):
+                    break
+                if len(line) > LONGEST_LINE:
+                    raise ValueError(
+                        f"{path}, line {number}: expected at most {LONGEST_LINE:,} bytes, received "
+                        "more; write one JSON object a line"
+                    )
                 if line.strip():
                     yield parse_row(line, number, path)
                     empty = False
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: not a whole gzip file ({error}); fetch it again") from None
     if empty:
         raise ValueError(f"{path}: no rows; expected a JSON object a line")
@@ -105,13 +116,11 @@ def parse_row(line: bytes, number: int, path: Path) -> Row:
     """
     where = f"{path}, line {number}"
     try:
-        values = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        values = parse_json(line.decode("utf-8-sig" if number == 1 else "utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: not UTF-8 ({error}); save the file as UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{where}: not JSON ({error.msg} at column {error.colno}); write one JSON object a line"
-        ) from None
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}; write one JSON object a line") from None
     if not isinstance(values, dict):
         raise ValueError(
             f"{where}: {type(values).__name__}, expected an object; write one JSON "
