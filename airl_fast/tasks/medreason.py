@@ -105,7 +105,7 @@ class MedReason(MultipleChoice):
             return self._evaluation_example(row, name)
         source = row.text("dataset_name", _TRACE)
         if source not in DATASETS:
-            self.dropped[f"of {source}"] += 1
+            self.dropped[f"of {shown(source)}"] += 1
             return None
         options = _listed(row)
         answer = row.text("answer", _TRACE).split(_CUT)[0]

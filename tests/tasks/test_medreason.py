@@ -46,8 +46,8 @@ def test_traces_of_medqa_and_medmcqa_close_with_a_letter(tmp_path, caplog):
     assert task.is_correct(example.completion, example)
     assert not task.is_correct("The answer is (A).", example)
     assert task.extract_answer("It may be A.") is None
-    assert task.dropped == {"of pubmedqa": 1, "whose answer is not one of the options": 1}
-    assert "1 of pubmedqa" in caplog.text
+    assert task.dropped == {"of 'pubmedqa'": 1, "whose answer is not one of the options": 1}
+    assert "1 of 'pubmedqa'" in caplog.text
     wrong, step = task.corrupt(example.completion, random.Random(0))
     assert (task.is_correct(wrong, example), step) == (False, 2)
 
