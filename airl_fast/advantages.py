@@ -71,7 +71,7 @@ def token_advantages(
             f"{rewards.shape[0]} rewards, received {cu_spans.shape[0]}"
         )
     tokens = int(cu_spans[-1])
-    check_offsets(_NAME, "cu_spans", cu_spans, tokens)
+    cu_spans = check_offsets(_NAME, "cu_spans", cu_spans, tokens)
     if baseline == "leave_one_out":
         check_others(_NAME, group)
 

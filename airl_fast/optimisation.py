@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from airl_fast.checkpoint import flatten_optimizer, restore_optimizer
+from airl_fast.ops._deferred import raise_failed
 
 
 class Optimiser:
@@ -72,6 +73,7 @@ class Optimiser:
             FloatingPointError: the gradient is not finite; the weights are left as they were.
         """
         norm = float(nn.utils.clip_grad_norm_(self.parameters, self.clip_norm))
+        raise_failed()  # reading the norm has waited for the GPU: what it found wrong is known
         if not math.isfinite(norm):
             self.adamw.zero_grad(set_to_none=True)
             raise FloatingPointError(

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from airl_fast.ops._deferred import refuse_where
+
 CHUNK_BYTES = 128 * 2**20  # of one logits buffer; tests lower it to force many chunks
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -147,23 +149,27 @@ def check_positive(name: str, value: float, remedy: str = "pass a finite number 
 
 
 def check_targets(targets: Tensor, vocab: int, ignore_index: int) -> None:
-    """Refuse targets outside ``[0, V)``. Reads values, so it belongs inside a custom op's body."""
+    """Refuse targets outside ``[0, V)``. Reads values, so it belongs inside a custom op's body.
+
+    On a GPU the refusal comes late (`_deferred`), and the kernels make NaN of such a row.
+    """
     bad = ((targets < 0) | (targets >= vocab)) & (targets != ignore_index)
-    if bad.any():
-        row = int(bad.nonzero()[0])
-        raise ValueError(
-            f"targets[{row}] = {int(targets[row])} is outside [0, {vocab}), the rows of weight, and"
-            f" is not ignore_index ({ignore_index}): check that the tokenizer is the model's, and"
-            " mask rows without a target with ignore_index"
-        )
+    refuse_where(
+        bad,
+        targets,
+        lambda row, target: (
+            f"targets[{row}] = {target} is outside [0, {vocab}), the rows of weight, and is not "
+            f"ignore_index ({ignore_index}): check that the tokenizer is the model's, and mask "
+            "rows without a target with ignore_index"
+        ),
+    )
 
 
 def check_finite(name: str, values: Tensor, remedy: str) -> None:
     """Refuse NaN and infinity in ``values [N]``. Reads values: for a custom op's body."""
-    bad = ~values.isfinite()
-    if bad.any():
-        first = int(bad.nonzero()[0])
-        raise ValueError(f"{name}[{first}] is {float(values[first])}: {remedy}")
+    refuse_where(
+        ~values.isfinite(), values, lambda first, value: f"{name}[{first}] is {value}: {remedy}"
+    )
 
 
 NON_FINITE_LOGITS = (

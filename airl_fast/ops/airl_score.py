@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from airl_fast.ops import _cpu_head, _cuda_extension, _cuda_spans, _triton
+from airl_fast.ops._deferred import refuse_where
 from airl_fast.ops._head import LinearHead, check_head, no_autocast, present
 from airl_fast.ops.dispatch import implements, pick
 from airl_fast.ops.linear_logprob import linear_logprob
@@ -242,14 +243,17 @@ def _score(
     cu_seq_spans: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return reward [S], f [S], logp [N] and entropy [N]."""
-    check_offsets(_OP, "cu_spans", cu_spans, hidden.shape[0])
+    cu_spans = check_offsets(_OP, "cu_spans", cu_spans, hidden.shape[0])
     if cu_seq_spans is not None:
-        check_offsets(_OP, "cu_seq_spans", cu_seq_spans, cu_spans.shape[0] - 1)
-    if bool((targets < 0).any()):
-        raise ValueError(
-            f"{_OP}: expected a token id for every action, received {int(targets.min())}; "
+        cu_seq_spans = check_offsets(_OP, "cu_seq_spans", cu_seq_spans, cu_spans.shape[0] - 1)
+    refuse_where(
+        targets < 0,
+        targets,
+        lambda row, target: (
+            f"{_OP}: expected a token id for every action, received {target} as targets[{row}]; "
             "only actions are scored, so leave ignored rows out"
-        )
+        ),
+    )
     serving = pick("airl_score", *present(hidden, weight, disc_hidden, disc_weight, bias))
     head = LinearHead(weight, bias, temperature, softcap, logit_scale)
     disc = SpanHead(

@@ -12,6 +12,7 @@ from torch.nn.functional import softplus
 
 from airl_fast import _C
 from airl_fast.ops import _cuda_spans, _triton
+from airl_fast.ops._deferred import refuse_where
 from airl_fast.ops._head import present
 from airl_fast.ops.dispatch import implements, pick
 from airl_fast.ops.segments import check_finite, check_option, check_vector, cpu_serves
@@ -126,14 +127,24 @@ def _loss(
     check_finite("discriminator_loss", "logp", logp)
     if weight is not None:
         check_finite("discriminator_loss", "weight", weight)
-        if bool((weight < 0).any()) or (f.shape[0] > 0 and not bool((weight > 0).any())):
-            raise ValueError(
-                "discriminator_loss: expected weights of at least 0, some above it, received "
-                f"{weight.min().item()} to {weight.max().item()}; leave out a batch that counts "
-                "for nothing"
-            )
+        _check_weights(weight)
     serving = pick("discriminator_loss", *present(f, logp, weight))
     return serving(f, logp, is_expert, weight, form, label_smoothing, temperature)
+
+
+def _check_weights(weight: Tensor) -> None:
+    """Refuse weights that are negative, or all 0."""
+    if weight.shape[0] == 0:
+        return
+    least, most = weight.aminmax()
+    refuse_where(
+        ((least < 0) | (most <= 0))[None],
+        torch.stack([least, most])[None],
+        lambda _, least, most: (
+            "discriminator_loss: expected weights of at least 0, some above it, received "
+            f"{least} to {most}; leave out a batch that counts for nothing"
+        ),
+    )
 
 
 @_loss.register_fake

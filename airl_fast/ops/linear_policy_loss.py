@@ -4,13 +4,13 @@ N rows (actions), K of them not ignored, B sequences, D hidden size, V vocabular
 """
 
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from airl_fast.ops import _cpu_gradients, _cpu_head, _cuda_head, _triton
+from airl_fast.ops._deferred import defers, refuse_where, sound_offsets
 from airl_fast.ops._head import (
     NON_FINITE_LOGITS,
     ChunkedHead,
@@ -234,7 +234,7 @@ def _linear_policy_loss(
     the order of PolicyLossStats, logp [N] and entropy [N].
     """
     check_targets(targets, len(weight), IGNORE_INDEX)
-    _check_offsets(cu_seqs, len(hidden))
+    cu_seqs = _check_offsets(cu_seqs, len(hidden))
     kept = targets != IGNORE_INDEX
     constants = {"advantages": advantages, "old_logp": old_logp, "ref_logp": ref_logp}
     for name, tensor in constants.items():
@@ -255,11 +255,14 @@ def _linear_policy_loss(
         )
     for name, result in (("logp", outputs[5]), ("entropy", outputs[6])):
         check_finite(name, result, NON_FINITE_LOGITS)
-    if not outputs[0].isfinite():
-        raise ValueError(
-            f"the loss is {outputs[0].item()}: exp(logp - old_logp) or exp(ref_logp - logp) "
-            "overflows; compute old_logp and ref_logp with these targets and this temperature"
-        )
+    refuse_where(
+        ~outputs[0].isfinite()[None],
+        outputs[0][None],
+        lambda _, loss: (
+            f"the loss is {loss}: exp(logp - old_logp) or exp(ref_logp - logp) overflows; compute "
+            "old_logp and ref_logp with these targets and this temperature"
+        ),
+    )
     return outputs
 
 
@@ -319,13 +322,30 @@ def _scaled(gradient: Tensor, d_loss: Tensor) -> Tensor:
 _linear_policy_loss.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _check_offsets(cu_seqs: Tensor, rows: int) -> None:
-    offsets = cu_seqs.tolist()
-    if offsets[0] != 0 or offsets[-1] != rows or any(a > b for a, b in pairwise(offsets)):
-        raise ValueError(
+def _check_offsets(cu_seqs: Tensor, rows: int) -> Tensor:
+    """Refuse offsets that do not cut the rows into sequences, of which some may be empty.
+
+    Returns:
+        The offsets to work with: on a GPU, where the refusal comes late, inside the rows always.
+    """
+    late = defers(cu_seqs.device)
+    first, last = cu_seqs[:1], cu_seqs[-1:]
+    before = torch.cat([first, cu_seqs[:-1]])
+    refuse_where(
+        torch.cat([(first != 0) | (last != rows), cu_seqs[1:] < cu_seqs[:-1]]),
+        torch.stack([first.expand_as(before), last.expand_as(before), before, cu_seqs], 1),
+        lambda at, first, last, before, here: (
             f"cu_seqs: expected offsets that start at 0, never decrease and end at N = {rows}, "
-            f"received {offsets if len(offsets) < 9 else [*offsets[:4], '...', *offsets[-4:]]}"
+            f"received {first} to {last}{f', with {here} after {before}' if at else ''}; they are "
+            "the running sum of the sequences' lengths, with a 0 before it"
+        ),
+    )
+    if late and cu_seqs.shape[0] == 1 and rows > 0:
+        raise ValueError(
+            f"cu_seqs: expected two offsets or more for N = {rows} rows, received one; pass "
+            "[0, N] for one sequence"
         )
+    return sound_offsets(cu_seqs, rows) if late else cu_seqs
 
 
 @implements("linear_policy_loss", "reference")

@@ -57,7 +57,7 @@ def discounted_returns(rewards: Tensor, cu: Tensor, gamma: float) -> Tensor:
 
 @torch.library.custom_op("airl_fast::discounted_returns", mutates_args=())
 def _returns(x: Tensor, cu: Tensor, gamma: float, transpose: bool) -> Tensor:
-    check_offsets("discounted_returns", "cu", cu, x.shape[0])
+    cu = check_offsets("discounted_returns", "cu", cu, x.shape[0])
     if not transpose:  # gradients may overflow under loss scaling: the optimiser's to judge
         check_finite("discounted_returns", "rewards", x)
     return pick("discounted_returns", x)(x, cu, gamma, transpose)
