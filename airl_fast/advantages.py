@@ -68,7 +68,8 @@ def token_advantages(
     if cu_spans.shape[0] != rewards.shape[0] + 1:
         raise ValueError(
             f"{_NAME}: expected cu_spans of {rewards.shape[0] + 1} offsets for "
-            f"{rewards.shape[0]} rewards, received {cu_spans.shape[0]}"
+            f"{rewards.shape[0]} rewards, received {cu_spans.shape[0]}; pass one span for each "
+            "reward"
         )
     tokens = int(cu_spans[-1])
     cu_spans = check_offsets(_NAME, "cu_spans", cu_spans, tokens)

@@ -280,6 +280,27 @@ def standard_attention(model: nn.Module) -> Iterator[None]:
         base.set_attn_implementation(before)
 
 
+def _check_tokens(trunk: nn.Module, batch: PackedBatch, embedded: bool) -> int:
+    """Refuse a batch on another device, and token ids that the embeddings have no row for.
+
+    Returns:
+        The tokens of the longest sequence.
+    """
+    embeddings: Tensor = trunk.get_input_embeddings().weight  # type: ignore[operator]
+    if batch.device != embeddings.device:
+        raise ValueError(
+            f"the batch is on {batch.device} and the model on {embeddings.device}: move it with "
+            f"batch.to({str(embeddings.device)!r})"
+        )
+    largest, last = torch.stack([batch.input_ids.max(), batch.position_ids.max()]).tolist()
+    if embedded and largest >= len(embeddings):
+        raise ValueError(
+            f"expected token ids below {len(embeddings)}, the rows of the model's embeddings, "
+            f"received {largest}: encode with the model's own tokenizer"
+        )
+    return int(last) + 1
+
+
 def packed_forward(
     trunk: nn.Module, batch: PackedBatch, *, inputs_embeds: Tensor | None = None
 ) -> Tensor:
@@ -297,13 +318,19 @@ def packed_forward(
         ValueError: the trunk is not enabled, has a head, or rotates by the longest sequence; the
             embeddings are not one per token.
     """
+    if not isinstance(batch, PackedBatch):
+        raise TypeError(
+            f"expected a PackedBatch, received {type(batch).__name__}: make one with "
+            "airl_fast.pack()"
+        )
     config = _enabled(trunk)
+    longest = _check_tokens(trunk, batch, inputs_embeds is None)
     if inputs_embeds is not None and inputs_embeds.shape[:-1] != (batch.num_tokens,):
         raise ValueError(
             f"expected inputs_embeds of shape [{batch.num_tokens}, D], received "
             f"{tuple(inputs_embeds.shape)}: one row per token of the batch"
         )
-    _check_rope(config, int(batch.position_ids.max()) + 1)
+    _check_rope(config, longest)
     tokens = (
         {"input_ids": batch.input_ids[None]}
         if inputs_embeds is None

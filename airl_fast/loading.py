@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -252,7 +253,9 @@ def load_language_model(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    _check_options(dtype, lora_rank)
     path = resolve(origin.model)
+    _check_folder(path, origin.gguf_file)
     where = {
         "trust_remote_code": origin.trust_remote_code,
         "gguf_file": origin.gguf_file,
@@ -261,7 +264,8 @@ def load_language_model(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     options = {} if origin.gguf_file else {"use_safetensors": True}
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **where, **options)
+    with whole_weights(path):
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **where, **options)
     if origin.gguf_file:
         _forget_quantisation(model)
     model.to(device).eval()
@@ -270,6 +274,47 @@ def load_language_model(
     return LanguageModel(
         _with_adapter(model, adapter, lora_rank, lora_alpha), tokenizer, origin, adapter
     )
+
+
+def _check_options(dtype: object, lora_rank: int) -> None:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(
+            f"expected a floating dtype, received {dtype!r}: pass a torch dtype such as "
+            "torch.float32"
+        )
+    if lora_rank < 0:
+        raise ValueError(
+            f"expected a LoRA rank of 0 or more, received lora_rank={lora_rank}: 0 trains all "
+            "weights"
+        )
+
+
+def _check_folder(path: str, gguf_file: str | None) -> None:
+    """Refuse a path that is neither a model's folder nor what a hub could have a name for."""
+    remedy = "give a hub name, or the folder of a saved model"
+    folder = Path(path)
+    if folder.is_dir():
+        wanted = gguf_file or "config.json"
+        if not (folder / wanted).is_file():
+            raise ValueError(f"{path} holds no {wanted}: {remedy}")
+    elif folder.is_absolute() or path.startswith(".") or path.count("/") > 1 or not path:
+        raise ValueError(f"{path!r}: no such folder; {remedy}")
+
+
+@contextmanager
+def whole_weights(path: object) -> Iterator[None]:
+    """Say of weights that cannot be read whose they are and what to do.
+
+    Raises:
+        ValueError: a safetensors file is damaged.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path}: a safetensors file (such as model.safetensors) is damaged ({error}); copy or "
+            "train it again"
+        ) from error
 
 
 def add_adapter(body: LanguageModel, adapter: str, rank: int, alpha: int) -> LanguageModel:
@@ -296,9 +341,10 @@ def load_saved(
 
     origin = Origin(**description["origin"])
     base = load_language_model(origin, dtype=dtype, device=device)
-    model = PeftModel.from_pretrained(
-        base.causal_lm, directory, adapter_name=adapter, is_trainable=True
-    ).eval()
+    with whole_weights(directory):
+        model = PeftModel.from_pretrained(
+            base.causal_lm, directory, adapter_name=adapter, is_trainable=True
+        ).eval()
     return LanguageModel(model, base.tokenizer, origin, adapter)
 
 
@@ -310,9 +356,18 @@ def read_metadata(directory: Path, kind: str) -> dict[str, Any]:
             f"{directory} holds no {METADATA}: expected a {kind} saved by airl_fast; give the "
             "folder that training wrote (DIR/policy or DIR/reward)"
         )
-    metadata = json.loads(path.read_text())
-    if metadata.get("kind") != kind:
-        raise ValueError(f"{directory} holds a {metadata.get('kind')!r}, expected a {kind!r}")
+    try:
+        metadata = json.loads(path.read_text("utf-8"))
+        found = metadata.get("kind")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is no description of saved weights ({error}): copy or train it again"
+        ) from None
+    if found != kind:
+        raise ValueError(
+            f"{directory} holds a {found!r}, expected a {kind!r}: a run has one in DIR/policy, the "
+            "other in DIR/reward"
+        )
     return metadata
 
 

@@ -4,6 +4,7 @@ import math
 
 from torch import Tensor
 
+from airl_fast.ops._arguments import require_number
 from airl_fast.ops._head import check_positive
 
 
@@ -21,14 +22,24 @@ def check_options(
         ValueError: one is, or ``beta`` has no ``ref_logp`` to act on.
     """
     for name, clip in (("clip_low", clip_low), ("clip_high", clip_high)):
+        require_number(name, clip)
         if not clip >= 0:
-            raise ValueError(f"{name}: expected a number of at least 0, received {clip}")
+            raise ValueError(
+                f"{name}: expected a number of at least 0, received {clip}; pass the distance from "
+                "1 at which the ratio is clipped"
+            )
     if delta is not None:
         check_positive("delta", delta, "use None for no bound")
+    require_number("beta", beta)
     if not (beta >= 0 and math.isfinite(beta)):
-        raise ValueError(f"beta: expected a finite number, at least 0, received {beta}")
+        raise ValueError(
+            f"beta: expected a finite number, at least 0, received {beta}; pass 0 for no divergence"
+        )
+    require_number("entropy_coef", entropy_coef)
     if not math.isfinite(entropy_coef):
-        raise ValueError(f"entropy_coef: expected a finite number, received {entropy_coef}")
+        raise ValueError(
+            f"entropy_coef: expected a finite number, received {entropy_coef}; pass 0 for no bonus"
+        )
     if beta != 0 and ref_logp is None:
         raise ValueError(f"beta = {beta} needs ref_logp: pass the reference's log-probs, or beta=0")
 

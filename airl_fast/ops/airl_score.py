@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from airl_fast.ops import _cpu_head, _cuda_extension, _cuda_spans, _triton
+from airl_fast.ops._arguments import require_tensors
 from airl_fast.ops._deferred import refuse_where
 from airl_fast.ops._head import LinearHead, check_head, no_autocast, present
 from airl_fast.ops.dispatch import implements, pick
@@ -120,6 +121,7 @@ def airl_score(
     check_option(_OP, "form", form, ("airl", "logit"))
     check_head(hidden, LinearHead(weight, bias, temperature, softcap, logit_scale), targets)
     check_offset_tensor(_OP, "cu_spans", cu_spans, hidden)
+    require_tensors(_OP, disc_hidden=disc_hidden, disc_weight=disc_weight)
     _check_discriminator(weight, targets, disc_hidden, disc_weight, disc_head, disc_scale)
     _check_shaping(disc_weight, disc_head, shaping_gamma, cu_seq_spans, cu_spans)
     device = hidden.device

@@ -12,6 +12,7 @@ from torch.nn.functional import softplus
 
 from airl_fast import _C
 from airl_fast.ops import _cuda_spans, _triton
+from airl_fast.ops._arguments import require_tensors
 from airl_fast.ops._deferred import refuse_where
 from airl_fast.ops._head import present
 from airl_fast.ops.dispatch import implements, pick
@@ -104,6 +105,7 @@ def _check(f: Tensor, logp: Tensor, is_expert: Tensor, weight: Tensor | None) ->
                 f"discriminator_loss: expected {name} of shape {tuple(f.shape)} on {f.device}, as "
                 f"f is, received {tuple(x.shape)} on {x.device}; pass one value per span"
             )
+    require_tensors("discriminator_loss", is_expert=is_expert)
     if is_expert.shape != f.shape or is_expert.dtype != torch.bool or is_expert.device != f.device:
         raise ValueError(
             f"discriminator_loss: expected is_expert to be bool of shape {tuple(f.shape)} on "

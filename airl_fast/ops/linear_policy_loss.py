@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from airl_fast.ops import _cpu_gradients, _cpu_head, _cuda_head, _triton
+from airl_fast.ops._arguments import require_tensors
 from airl_fast.ops._deferred import defers, refuse_where, sound_offsets
 from airl_fast.ops._head import (
     NON_FINITE_LOGITS,
@@ -35,6 +36,7 @@ from airl_fast.ops._policy_terms import (
     pieces,
 )
 from airl_fast.ops.dispatch import implements, pick
+from airl_fast.ops.segments import check_offset_tensor
 
 
 class PolicyLossStats(NamedTuple):
@@ -148,7 +150,7 @@ def linear_policy_loss(
     constants = {"advantages": advantages, "old_logp": old_logp, "ref_logp": ref_logp}
     for name, tensor in constants.items():
         _check_constant(name, tensor, hidden)
-    _check_offsets_tensor(cu_seqs, hidden)
+    check_offset_tensor("linear_policy_loss", "cu_seqs", cu_seqs, hidden)
     check_options(clip_low, clip_high, delta, beta, entropy_coef, ref_logp)
     check_modes(importance, aggregation, normaliser)
     differentiate = torch.is_grad_enabled()
@@ -182,22 +184,10 @@ def linear_policy_loss(
 
 
 def _check_constant(name: str, tensor: Tensor | None, hidden: Tensor) -> None:
+    require_tensors("linear_policy_loss", **{name: tensor})
     check_rows(name, tensor, hidden, None)
     if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} requires a gradient but is a constant of the loss: detach it")
-
-
-def _check_offsets_tensor(cu_seqs: Tensor, hidden: Tensor) -> None:
-    if cu_seqs.dim() != 1 or cu_seqs.shape[0] < 1 or cu_seqs.dtype != torch.int32:
-        raise ValueError(
-            "cu_seqs: expected int32 offsets of shape [B + 1], received "
-            f"{cu_seqs.dtype} of shape {tuple(cu_seqs.shape)}"
-        )
-    if cu_seqs.device != hidden.device:
-        raise ValueError(
-            f"cu_seqs is on {cu_seqs.device} but hidden is on {hidden.device}: "
-            "move them to one device"
-        )
 
 
 _DIFFERENTIABLE = {"hidden": 0, "weight": 1, "bias": 7}  # positions among the op's inputs

@@ -14,6 +14,7 @@ from torch.compiler import is_dynamo_compiling
 
 from airl_fast import _C
 from airl_fast.ops import _cuda_spans, _triton
+from airl_fast.ops._arguments import require_tensors
 from airl_fast.ops._deferred import defers, refuse_where, sound_offsets
 from airl_fast.ops._eager import recorded
 from airl_fast.ops.dispatch import implements, pick
@@ -105,6 +106,7 @@ def segment_softmax(x: Tensor, cu: Tensor) -> Tensor:
 
 def check_vector(op: str, name: str, x: Tensor) -> None:
     """Refuse anything but a one-dimensional floating-point tensor."""
+    require_tensors(op, **{name: x})
     if x.ndim != 1 or not x.is_floating_point():
         raise ValueError(
             f"{op}: expected {name} to be one-dimensional and floating point, received shape "
@@ -114,6 +116,7 @@ def check_vector(op: str, name: str, x: Tensor) -> None:
 
 def check_offset_tensor(op: str, name: str, cu: Tensor, x: Tensor) -> None:
     """Refuse offsets of the wrong shape, dtype or device; ``check_offsets`` reads their values."""
+    require_tensors(op, **{name: cu})
     if cu.ndim != 1 or cu.shape[0] < 1 or cu.dtype != torch.int32:
         raise ValueError(
             f"{op}: expected {name} to hold int32 offsets of shape [spans + 1], received shape "
