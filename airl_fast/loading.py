@@ -253,6 +253,7 @@ def load_language_model(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    device = known_device(device)
     _check_options(dtype, lora_rank)
     path = resolve(origin.model)
     _check_folder(path, origin.gguf_file)
@@ -274,6 +275,25 @@ def load_language_model(
     return LanguageModel(
         _with_adapter(model, adapter, lora_rank, lora_alpha), tokenizer, origin, adapter
     )
+
+
+def known_device(device: str | torch.device) -> torch.device:
+    """Return a device that this machine has.
+
+    Raises:
+        ValueError: it has none of that name.
+    """
+    remedy = "name one such as cpu, cuda or cuda:1; `airl-fast doctor` says what is here"
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"expected a device, received {device!r}: {remedy}") from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"received {str(device)!r}, and torch sees {torch.cuda.device_count()} CUDA devices: "
+            f"{remedy}"
+        )
+    return found
 
 
 def _check_options(dtype: object, lora_rank: int) -> None:

@@ -23,6 +23,7 @@ from airl_fast.loading import (
     LanguageModel,
     Origin,
     add_adapter,
+    known_device,
     load_language_model,
     load_saved,
     read_metadata,
@@ -360,7 +361,7 @@ class Discriminator(nn.Module):
         cls, directory: str | Path, *, device: str | torch.device = "cpu"
     ) -> Discriminator:
         """Load what ``save`` wrote, with the same bits. A shared backbone is loaded as its own."""
-        directory = Path(directory)
+        directory, device = Path(directory), known_device(device)
         values = read_metadata(directory, "discriminator")
         body = load_saved(directory, values["body"], device=device) if values["body"] else None
         discriminator = cls(

@@ -16,7 +16,7 @@ import torch
 from airl_fast.alignment import Aligner
 from airl_fast.calibration import Calibration
 from airl_fast.encoding import Completion, EncodedPair, PairEncoder, Prompt
-from airl_fast.loading import LanguageModel
+from airl_fast.loading import LanguageModel, known_device
 from airl_fast.models import Discriminator, Policy
 from airl_fast.ranking import (
     AnswerReader,
@@ -140,7 +140,7 @@ class RewardScorer:
         Raises:
             ValueError: no trained reward there, or one that needs a policy and has none.
         """
-        directory = Path(directory)
+        directory, device = Path(directory), known_device(device)
         reward = reward_folder(directory)
         trained = read_trained(reward)
         if policy is None and reward != directory and (directory / "policy").is_dir():

@@ -50,14 +50,18 @@ def discounted_returns(rewards: Tensor, cu: Tensor, gamma: float) -> Tensor:
     if is_dynamo_compiling() or (out := _C.eager_returns(rewards, cu, gamma, False)) is None:
         check_vector("discounted_returns", "rewards", rewards)
         check_offset_tensor("discounted_returns", "cu", cu, rewards)
-        require_number("gamma", gamma)
-        if not 0.0 <= gamma <= 1.0:
-            raise ValueError(
-                f"discounted_returns: expected gamma, a discount in [0, 1], received {gamma}; "
-                "1 stands for none"
-            )
+        check_gamma("discounted_returns", gamma)
         return torch.ops.airl_fast.discounted_returns(rewards, cu, float(gamma), False)
     return _returns_recorded(rewards, cu, gamma, False) if out is False else out
+
+
+def check_gamma(op: str, gamma: float) -> None:
+    """Refuse what is no discount."""
+    require_number("gamma", gamma)
+    if not 0.0 <= gamma <= 1.0:
+        raise ValueError(
+            f"{op}: expected gamma, a discount in [0, 1], received {gamma}; 1 stands for none"
+        )
 
 
 @torch.library.custom_op("airl_fast::discounted_returns", mutates_args=())

@@ -30,32 +30,72 @@ def damaged(t: Any, part: str, file: str) -> Any:
     return copy
 
 
-_e = Entry("Policy.from_pretrained", CELLS, shape=NAMES, offsets=NAMES, range=NAMES,
-           non_finite=NAMES)
-_e.refuses("dtype", 'dtype="float32"',
-           lambda t: Policy.from_pretrained(t.reward / "q", dtype="float33"), "received 'float33'",
-           "a torch dtype such as torch.float32")
-_e.refuses("device", "a device that is not there",
-           lambda t: Policy.from_pretrained(t.reward / "policy", device="tpu"), "tpu", "device",
-           RuntimeError)
-_e.refuses("negative", "lora_rank=-1", lambda t: Policy.from_pretrained(t.reward / "q",
-           lora_rank=-1), "received lora_rank=-1", "0 trains all weights")
-_e.refuses("empty", "an empty folder", lambda t: Policy.from_pretrained(t.folder()),
-           "holds no config.json", "give a hub name, or the folder of a saved model")
-_e.refuses("option", "another rank than the saved adapter's", lambda t: _other_rank(t),
-           "received lora_rank=3", "give lora_rank=2 (or 0)")
-_e.refuses("file", "a folder that does not exist",
-           lambda t: Policy.from_pretrained(t.base / "nowhere"), "nowhere",
-           "give a hub name, or the folder of a saved model")
-_e.refuses("file", "weights cut short",
-           lambda t: Policy.from_pretrained(damaged(t, "policy", "model.safetensors")),
-           "model.safetensors", "copy or train it again")
-_e.refuses("file", "metadata that is no JSON",
-           lambda t: Policy.from_pretrained(damaged(t, "policy", "airl_fast.json")),
-           "airl_fast.json", "copy or train it again")
-_e.refuses("model", "the folder of a reward",
-           lambda t: Policy.from_pretrained(t.reward / "reward"), "holds a 'discriminator'",
-           "expected a 'policy'")
+_e = Entry(
+    "Policy.from_pretrained", CELLS, shape=NAMES, offsets=NAMES, range=NAMES, non_finite=NAMES
+)
+_e.refuses(
+    "dtype",
+    'dtype="float32"',
+    lambda t: Policy.from_pretrained(t.reward / "q", dtype="float33"),
+    "received 'float33'",
+    "a torch dtype such as torch.float32",
+)
+_e.refuses(
+    "device",
+    "a device that is not there",
+    lambda t: Policy.from_pretrained(t.reward / "policy", device="tpu"),
+    "received 'tpu'",
+    "`airl-fast doctor` says what is here",
+)
+_e.refuses(
+    "negative",
+    "lora_rank=-1",
+    lambda t: Policy.from_pretrained(t.reward / "q", lora_rank=-1),
+    "received lora_rank=-1",
+    "0 trains all weights",
+)
+_e.refuses(
+    "empty",
+    "an empty folder",
+    lambda t: Policy.from_pretrained(t.folder()),
+    "holds no config.json",
+    "give a hub name, or the folder of a saved model",
+)
+_e.refuses(
+    "option",
+    "another rank than the saved adapter's",
+    lambda t: _other_rank(t),
+    "received lora_rank=3",
+    "give lora_rank=2 (or 0)",
+)
+_e.refuses(
+    "file",
+    "a folder that does not exist",
+    lambda t: Policy.from_pretrained(t.base / "nowhere"),
+    "nowhere",
+    "give a hub name, or the folder of a saved model",
+)
+_e.refuses(
+    "file",
+    "weights cut short",
+    lambda t: Policy.from_pretrained(damaged(t, "policy", "model.safetensors")),
+    "model.safetensors",
+    "copy or train it again",
+)
+_e.refuses(
+    "file",
+    "metadata that is no JSON",
+    lambda t: Policy.from_pretrained(damaged(t, "policy", "airl_fast.json")),
+    "airl_fast.json",
+    "copy or train it again",
+)
+_e.refuses(
+    "model",
+    "the folder of a reward",
+    lambda t: Policy.from_pretrained(t.reward / "reward"),
+    "holds a 'discriminator'",
+    "expected a 'policy'",
+)
 
 
 def _other_rank(t: Any) -> None:
@@ -64,43 +104,107 @@ def _other_rank(t: Any) -> None:
     Policy.from_pretrained(saved, lora_rank=3)
 
 
-_e = Entry("Discriminator.create", CELLS, shape=NAMES, offsets=NAMES, range=NAMES,
-           non_finite=NAMES, dtype=NAMES, device="takes the policy's", empty=NAMES,
-           file="as Policy.from_pretrained")
-_e.refuses("negative", "trunk='shared' with rank 0",
-           lambda t: Discriminator.create(t.policy, trunk="shared"), "received lora_rank=0",
-           "give it a rank of 1 or more")
-_e.refuses("option", 'head="value"', lambda t: Discriminator.create(t.policy, head="value"),
-           "received 'value'", "expected head 'lm' or 'score'")
-_e.refuses("option", 'trunk="none"', lambda t: Discriminator.create(t.policy, trunk="none"),
-           "received 'none'", "expected trunk 'own', 'shared' or 'policy'")
-_e.refuses("option", 'span_logp="max"',
-           lambda t: Discriminator.create(t.policy, trunk="policy", head="score", span_logp="max"),
-           "received 'max'", "expected span_logp 'sum' or 'mean'")
-_e.refuses("option", "shaping_gamma with an lm head",
-           lambda t: Discriminator.create(t.policy, shaping_gamma=0.9), "received head='lm'",
-           "shaping needs the second row of a 'score' head")
-_e.refuses("option", "shaping_gamma=2",
-           lambda t: Discriminator.create(t.policy, trunk="policy", head="score",
-                                          shaping_gamma=2.0), "received 2.0",
-           "a discount in [0, 1]")
-_e.refuses("model", "a model of another tokenizer",
-           lambda t: Discriminator.create(t.policy, model="arithmetic-base"),
-           "has another tokenizer", "use a model of the same family")
+_e = Entry(
+    "Discriminator.create",
+    CELLS,
+    shape=NAMES,
+    offsets=NAMES,
+    range=NAMES,
+    non_finite=NAMES,
+    dtype=NAMES,
+    device="takes the policy's",
+    empty=NAMES,
+    file="as Policy.from_pretrained",
+)
+_e.refuses(
+    "negative",
+    "trunk='shared' with rank 0",
+    lambda t: Discriminator.create(t.policy, trunk="shared"),
+    "received lora_rank=0",
+    "give it a rank of 1 or more",
+)
+_e.refuses(
+    "option",
+    'head="value"',
+    lambda t: Discriminator.create(t.policy, head="value"),
+    "received 'value'",
+    "expected head 'lm' or 'score'",
+)
+_e.refuses(
+    "option",
+    'trunk="none"',
+    lambda t: Discriminator.create(t.policy, trunk="none"),
+    "received 'none'",
+    "expected trunk 'own', 'shared' or 'policy'",
+)
+_e.refuses(
+    "option",
+    'span_logp="max"',
+    lambda t: Discriminator.create(t.policy, trunk="policy", head="score", span_logp="max"),
+    "received 'max'",
+    "expected span_logp 'sum' or 'mean'",
+)
+_e.refuses(
+    "option",
+    "shaping_gamma with an lm head",
+    lambda t: Discriminator.create(t.policy, shaping_gamma=0.9),
+    "received head='lm'",
+    "shaping needs the second row of a 'score' head",
+)
+_e.refuses(
+    "option",
+    "shaping_gamma=2",
+    lambda t: Discriminator.create(t.policy, trunk="policy", head="score", shaping_gamma=2.0),
+    "received 2.0",
+    "a discount in [0, 1]",
+)
+_e.refuses(
+    "model",
+    "a model of another tokenizer",
+    lambda t: Discriminator.create(t.policy, model="arithmetic-base"),
+    "has another tokenizer",
+    "use a model of the same family",
+)
 
-_e = Entry("Discriminator.from_pretrained", CELLS, shape=NAMES, offsets=NAMES, range=NAMES,
-           negative=NAMES, non_finite=NAMES, dtype=NAMES, option="has none but the device")
-_e.refuses("device", "a device that is not there",
-           lambda t: Discriminator.from_pretrained(t.reward / "reward", device="tpu"), "tpu",
-           "device", RuntimeError)
-_e.refuses("empty", "an empty folder", lambda t: Discriminator.from_pretrained(t.folder()),
-           "holds no airl_fast.json", "give the folder that training wrote")
-_e.refuses("file", "a head cut short", lambda t: Discriminator.from_pretrained(
-    damaged(t, "reward", "discriminator_head.safetensors")), "discriminator_head.safetensors",
-    "copy or train it again")
-_e.refuses("model", "the folder of a policy",
-           lambda t: Discriminator.from_pretrained(t.reward / "policy"), "holds a 'policy'",
-           "expected a 'discriminator'")
+_e = Entry(
+    "Discriminator.from_pretrained",
+    CELLS,
+    shape=NAMES,
+    offsets=NAMES,
+    range=NAMES,
+    negative=NAMES,
+    non_finite=NAMES,
+    dtype=NAMES,
+    option="has none but the device",
+)
+_e.refuses(
+    "device",
+    "a device that is not there",
+    lambda t: Discriminator.from_pretrained(t.reward / "reward", device="tpu"),
+    "received 'tpu'",
+    "`airl-fast doctor` says what is here",
+)
+_e.refuses(
+    "empty",
+    "an empty folder",
+    lambda t: Discriminator.from_pretrained(t.folder()),
+    "holds no airl_fast.json",
+    "give the folder that training wrote",
+)
+_e.refuses(
+    "file",
+    "a head cut short",
+    lambda t: Discriminator.from_pretrained(damaged(t, "reward", "discriminator_head.safetensors")),
+    "discriminator_head.safetensors",
+    "copy or train it again",
+)
+_e.refuses(
+    "model",
+    "the folder of a policy",
+    lambda t: Discriminator.from_pretrained(t.reward / "policy"),
+    "holds a 'policy'",
+    "expected a 'discriminator'",
+)
 
 
 def sampled(prompts: Any = ((3, 4),), **changed: Any) -> Any:
@@ -108,46 +212,122 @@ def sampled(prompts: Any = ((3, 4),), **changed: Any) -> Any:
     return lambda t: sample(t.policy, prompts, **given)
 
 
-_e = Entry("rollout.sample", CELLS, shape="takes token ids", device="takes the policy's",
-           offsets=NO_OFFSETS, file="reads no file", model="takes any Policy")
-_e.refuses("dtype", "a text for a prompt", sampled(["ab"]), "received 'a'",
-           "encode with the model's own tokenizer")
-_e.refuses("range", "a token id past the vocabulary", sampled([[3, 999]]), "received 999",
-           "encode with the model's own tokenizer")
-_e.refuses("negative", "a token id of -1", sampled([[-1]]), "received -1",
-           "encode with the model's own tokenizer")
-_e.refuses("negative", "max_new_tokens=0", sampled(max_new_tokens=0), "received 0",
-           "max_new_tokens of 1 or more")
-_e.refuses("negative", "group_size=0", sampled(group_size=0), "received 0",
-           "group_size of 1 or more")
-_e.refuses("negative", "a temperature of -1", sampled(temperature=-1.0), "received -1.0",
-           "temperature must be at least 0")
-_e.refuses("non-finite", "a temperature of NaN", sampled(temperature=float("nan")), "received nan",
-           "temperature must be at least 0")
+_e = Entry(
+    "rollout.sample",
+    CELLS,
+    shape="takes token ids",
+    device="takes the policy's",
+    offsets=NO_OFFSETS,
+    file="reads no file",
+    model="takes any Policy",
+)
+_e.refuses(
+    "dtype",
+    "a text for a prompt",
+    sampled(["ab"]),
+    "received 'a'",
+    "encode with the model's own tokenizer",
+)
+_e.refuses(
+    "range",
+    "a token id past the vocabulary",
+    sampled([[3, 999]]),
+    "received 999",
+    "encode with the model's own tokenizer",
+)
+_e.refuses(
+    "negative",
+    "a token id of -1",
+    sampled([[-1]]),
+    "received -1",
+    "encode with the model's own tokenizer",
+)
+_e.refuses(
+    "negative",
+    "max_new_tokens=0",
+    sampled(max_new_tokens=0),
+    "received 0",
+    "max_new_tokens of 1 or more",
+)
+_e.refuses(
+    "negative", "group_size=0", sampled(group_size=0), "received 0", "group_size of 1 or more"
+)
+_e.refuses(
+    "negative",
+    "a temperature of -1",
+    sampled(temperature=-1.0),
+    "received -1.0",
+    "temperature must be at least 0",
+)
+_e.refuses(
+    "non-finite",
+    "a temperature of NaN",
+    sampled(temperature=float("nan")),
+    "received nan",
+    "temperature must be at least 0",
+)
 _e.refuses("empty", "an empty prompt", sampled([[]]), "prompt 0 is empty", "at least one token")
 _e.serves("empty", "no prompts", lambda t: sampled([])(t) == [], "no completions")
-_e.refuses("option", "an empty stop string", sampled(stop=[""]), "received ''",
-           "leave it out")
+_e.refuses("option", "an empty stop string", sampled(stop=[""]), "received ''", "leave it out")
 
-_e = Entry("RewardScorer.from_pretrained", CELLS, shape=NAMES, offsets=NAMES, range=NAMES,
-           non_finite=NAMES, dtype=NAMES)
-_e.refuses("device", "a device that is not there",
-           lambda t: RewardScorer.from_pretrained(t.reward, device="tpu"), "tpu", "device",
-           RuntimeError)
-_e.refuses("negative", "token_budget=0",
-           lambda t: RewardScorer.from_pretrained(t.reward, token_budget=0), "received 0",
-           "a token_budget of 1 or more")
-_e.refuses("empty", "an empty folder", lambda t: RewardScorer.from_pretrained(t.folder()),
-           "holds no trained reward", "expected the run.output_dir of `airl-fast train`")
-_e.refuses("option", 'passes="all"', lambda t: RewardScorer.from_pretrained(t.reward, passes="all"),
-           "received 'all'", "expected passes='alone' or 'packed'")
-_e.refuses("file", "a folder that does not exist",
-           lambda t: RewardScorer.from_pretrained(t.base / "nowhere"), "no such folder",
-           "give the run.output_dir")
-_e.refuses("file", "a calibration that is none", lambda t: _calibrated(t, "{}"),
-           "is no calibration", "make it again with `airl-fast calibrate`")
-_e.refuses("model", "the folder of a policy", lambda t: _only_a_policy(t),
-           "holds a policy and no reward", "give the folder of a run of airl")
+_e = Entry(
+    "RewardScorer.from_pretrained",
+    CELLS,
+    shape=NAMES,
+    offsets=NAMES,
+    range=NAMES,
+    non_finite=NAMES,
+    dtype=NAMES,
+)
+_e.refuses(
+    "device",
+    "a device that is not there",
+    lambda t: RewardScorer.from_pretrained(t.reward, device="tpu"),
+    "received 'tpu'",
+    "`airl-fast doctor` says what is here",
+)
+_e.refuses(
+    "negative",
+    "token_budget=0",
+    lambda t: RewardScorer.from_pretrained(t.reward, token_budget=0),
+    "received 0",
+    "a token_budget of 1 or more",
+)
+_e.refuses(
+    "empty",
+    "an empty folder",
+    lambda t: RewardScorer.from_pretrained(t.folder()),
+    "holds no trained reward",
+    "expected the run.output_dir of `airl-fast train`",
+)
+_e.refuses(
+    "option",
+    'passes="all"',
+    lambda t: RewardScorer.from_pretrained(t.reward, passes="all"),
+    "received 'all'",
+    "expected passes='alone' or 'packed'",
+)
+_e.refuses(
+    "file",
+    "a folder that does not exist",
+    lambda t: RewardScorer.from_pretrained(t.base / "nowhere"),
+    "no such folder",
+    "give the run.output_dir",
+)
+_e.refuses(
+    "file",
+    "a calibration that is none",
+    lambda t: _calibrated(t, "{}"),
+    "is no calibration",
+    "make it again with `airl-fast calibrate`",
+)
+_e.refuses(
+    "model",
+    "the folder of a policy",
+    lambda t: _only_a_policy(t),
+    "holds a policy and no reward",
+    "give the folder of a run of airl",
+)
 
 
 def _calibrated(t: Any, text: str) -> None:
@@ -173,74 +353,180 @@ for _name, _call in CALLS.items():
     def of(prompt: Any, completion: Any, call: Any = _call, **options: Any) -> Any:
         return lambda t: call(t, prompt, completion, **options)
 
-    _e = Entry(_name, CELLS, shape=TEXT, device="takes the scorer's", offsets=NO_OFFSETS,
-               non_finite=NO_FLOAT, file="reads no file", model="takes what the scorer holds")
+    _e = Entry(
+        _name,
+        CELLS,
+        shape=TEXT,
+        device="takes the scorer's",
+        offsets=NO_OFFSETS,
+        non_finite=NO_FLOAT,
+        file="reads no file",
+        model="takes what the scorer holds",
+    )
     _e.refuses("dtype", "a number for the prompt", of(7, "ab"), "received int", "a text, messages")
     _e.refuses("dtype", "ids of 1.5", of("1", [1.5]), "received list of float", "a text, messages")
-    _e.refuses("dtype", "a message without content", of([{"role": "user"}], "ab"),
-               "received {'role': 'user'}", "{'role': text, 'content': text}")
-    _e.refuses("range", "a token id past the vocabulary", of([3], [999]), "received 999",
-               "encode with the model's own tokenizer")
-    _e.refuses("range", "a text longer than the model's context", of("1", "a" * 300),
-               "do not fit the model's context of 256", "nothing is truncated")
-    _e.refuses("negative", "a token id of -1", of([-1], "ab"), "received -1",
-               "encode with the model's own tokenizer")
-    _e.refuses("empty", "an empty prompt", of("", "ab"), "the prompt is empty",
-               "a text, messages")
-    _e.refuses("empty", "an empty completion", of("1", ""), "the completion is empty",
-               "a text, messages")
-    _e.refuses("option", "an unknown keyword", of("1", "ab", pad=True),
-               "unexpected keyword argument", "pad", TypeError)
+    _e.refuses(
+        "dtype",
+        "a message without content",
+        of([{"role": "user"}], "ab"),
+        "received {'role': 'user'}",
+        "{'role': text, 'content': text}",
+    )
+    _e.refuses(
+        "range",
+        "a token id past the vocabulary",
+        of([3], [999]),
+        "received 999",
+        "encode with the model's own tokenizer",
+    )
+    _e.refuses(
+        "range",
+        "a text longer than the model's context",
+        of("1", "a" * 300),
+        "do not fit the model's context of 256",
+        "nothing is truncated",
+    )
+    _e.refuses(
+        "negative",
+        "a token id of -1",
+        of([-1], "ab"),
+        "received -1",
+        "encode with the model's own tokenizer",
+    )
+    _e.refuses("empty", "an empty prompt", of("", "ab"), "the prompt is empty", "a text, messages")
+    _e.refuses(
+        "empty", "an empty completion", of("1", ""), "the completion is empty", "a text, messages"
+    )
+    _e.refuses(
+        "option",
+        "an unknown keyword",
+        of("1", "ab", pad=True),
+        "unexpected keyword argument",
+        "pad",
+        TypeError,
+    )
 
 _e = Entry("RewardScorer.score", CELLS)
-_e.refuses("dtype", "a text for the prompts", lambda t: t.scorer.score("1", ["ab"]),
-           "received a text", "pass [prompts]")
-_e.refuses("option", "2 prompts and 1 completion", lambda t: t.scorer.score(["1", "2"], ["ab"]),
-           "received 1 for 2", "repeat a prompt for each of its completions")
+_e.refuses(
+    "dtype",
+    "a text for the prompts",
+    lambda t: t.scorer.score("1", ["ab"]),
+    "received a text",
+    "pass [prompts]",
+)
+_e.refuses(
+    "option",
+    "2 prompts and 1 completion",
+    lambda t: t.scorer.score(["1", "2"], ["ab"]),
+    "received 1 for 2",
+    "repeat a prompt for each of its completions",
+)
 _e.serves("empty", "no pairs", lambda t: t.scorer.score([], []) == [], "no results")
 
 _e = Entry("RewardScorer.rerank", CELLS)
-_e.refuses("empty", "no completions", lambda t: t.scorer.rerank("1", []), "received [0]",
-           "one completion or more")
-_e.refuses("option", 'by="logp"', lambda t: t.scorer.rerank("1", ["ab"], by="logp"),
-           "received 'logp'", "expected by='f' or 'reward'")
-_e.refuses("option", 'method="beam"', lambda t: t.scorer.rerank("1", ["ab"], method="beam"),
-           "received 'beam'", "expected method best, weighted, majority")
-_e.refuses("option", "1 answer for 2 completions",
-           lambda t: t.scorer.rerank("1", ["ab", "c"], answers=["x"]), "received 1",
-           "expected 2 answers, one a completion")
-_e.refuses("option", "votes of a task that is not known",
-           lambda t: t.scorer.rerank("1", ["ab"], method="majority"), "'words' is none of",
-           "pass answers=")
-_e.refuses("negative", "a temperature of 0",
-           lambda t: t.scorer.rerank("1", ["ab"], method="weighted", answers=["x"],
-                                     temperature=0.0), "received 0.0", "a temperature above 0")
+_e.refuses(
+    "empty",
+    "no completions",
+    lambda t: t.scorer.rerank("1", []),
+    "received [0]",
+    "one completion or more",
+)
+_e.refuses(
+    "option",
+    'by="logp"',
+    lambda t: t.scorer.rerank("1", ["ab"], by="logp"),
+    "received 'logp'",
+    "expected by='f' or 'reward'",
+)
+_e.refuses(
+    "option",
+    'method="beam"',
+    lambda t: t.scorer.rerank("1", ["ab"], method="beam"),
+    "received 'beam'",
+    "expected method best, weighted, majority",
+)
+_e.refuses(
+    "option",
+    "1 answer for 2 completions",
+    lambda t: t.scorer.rerank("1", ["ab", "c"], answers=["x"]),
+    "received 1",
+    "expected 2 answers, one a completion",
+)
+_e.refuses(
+    "option",
+    "votes of a task that is not known",
+    lambda t: t.scorer.rerank("1", ["ab"], method="majority"),
+    "'words' is none of",
+    "pass answers=",
+)
+_e.refuses(
+    "negative",
+    "a temperature of 0",
+    lambda t: t.scorer.rerank("1", ["ab"], method="weighted", answers=["x"], temperature=0.0),
+    "received 0.0",
+    "a temperature above 0",
+)
 
-_e = Entry("calibrating.calibrate", CELLS, shape=NO_TENSOR, dtype=NO_TENSOR, device=NO_TENSOR,
-           offsets=NO_OFFSETS, file="reads no file", model="knows no model")
+_e = Entry(
+    "calibrating.calibrate",
+    CELLS,
+    shape=NO_TENSOR,
+    dtype=NO_TENSOR,
+    device=NO_TENSOR,
+    offsets=NO_OFFSETS,
+    file="reads no file",
+    model="knows no model",
+)
 
 
 def labelled(count: int = 10, **changed: Any) -> list[LabelledSteps]:
-    made = [{"f": (1.0, -float(i), 2.0), "num_tokens": (1, 2, 3), "label": 1 if i % 2 else -1}
-            for i in range(count)]
+    made = [
+        {"f": (1.0, -float(i), 2.0), "num_tokens": (1, 2, 3), "label": 1 if i % 2 else -1}
+        for i in range(count)
+    ]
     if made:
         made[0] |= changed
     return [LabelledSteps(**one) for one in made]
 
 
-_e.refuses("range", "a label past the steps", lambda _: calibrate(labelled(label=3)), "received 3",
-           "labels count the steps from 0")
-_e.refuses("negative", "a label of -2", lambda _: calibrate(labelled(label=-2)), "received -2",
-           "labels count the steps from 0")
-_e.refuses("non-finite", "f of NaN", lambda _: calibrate(labelled(f=(1.0, float("nan"), 2.0))),
-           "received f of (1.0, nan, 2.0)", "leave the trace out")
+_e.refuses(
+    "range",
+    "a label past the steps",
+    lambda _: calibrate(labelled(label=3)),
+    "received 3",
+    "labels count the steps from 0",
+)
+_e.refuses(
+    "negative",
+    "a label of -2",
+    lambda _: calibrate(labelled(label=-2)),
+    "received -2",
+    "labels count the steps from 0",
+)
+_e.refuses(
+    "non-finite",
+    "f of NaN",
+    lambda _: calibrate(labelled(f=(1.0, float("nan"), 2.0))),
+    "received f of (1.0, nan, 2.0)",
+    "leave the trace out",
+)
 _e.refuses("empty", "no traces", lambda _: calibrate([]), "received 0 and 0", "label more traces")
-_e.refuses("option", "folds=1", lambda _: calibrate(labelled(), folds=1), "received 1",
-           "expected 2 to")
+_e.refuses(
+    "option", "folds=1", lambda _: calibrate(labelled(), folds=1), "received 1", "expected 2 to"
+)
 
-_e = Entry("alignment.project", CELLS, shape=TEXT, dtype=TEXT, device=NO_TENSOR,
-           offsets=NO_OFFSETS, non_finite=NO_FLOAT, file="reads no file",
-           range="as another text", negative="as another text")
+_e = Entry(
+    "alignment.project",
+    CELLS,
+    shape=TEXT,
+    dtype=TEXT,
+    device=NO_TENSOR,
+    offsets=NO_OFFSETS,
+    non_finite=NO_FLOAT,
+    file="reads no file",
+    range="as another text",
+    negative="as another text",
+)
 
 
 def projected(ids: Any = None, **options: Any) -> Any:
@@ -252,20 +538,45 @@ def projected(ids: Any = None, **options: Any) -> Any:
     return call
 
 
-_e.refuses("empty", "no ids", projected(ids=[]), "received none",
-           "token ids of the completion")
-_e.refuses("option", 'credit="first"', projected(credit="first"), "received 'first'",
-           "expected credit 'last' or 'spread'")
-_e.refuses("option", 'by="logp"', projected(by="logp"), "received 'logp'",
-           "expected by='f' or 'reward'")
-_e.refuses("model", "ids of another text", projected(ids=[5, 6]), "do not spell the completion",
-           "score the text that these tokens decode to")
+_e.refuses("empty", "no ids", projected(ids=[]), "received none", "token ids of the completion")
+_e.refuses(
+    "option",
+    'credit="first"',
+    projected(credit="first"),
+    "received 'first'",
+    "expected credit 'last' or 'spread'",
+)
+_e.refuses(
+    "option", 'by="logp"', projected(by="logp"), "received 'logp'", "expected by='f' or 'reward'"
+)
+_e.refuses(
+    "model",
+    "ids of another text",
+    projected(ids=[5, 6]),
+    "do not spell the completion",
+    "score the text that these tokens decode to",
+)
 
 
-_e = Entry("scorer of a reward alone", CELLS, shape=TEXT, dtype=TEXT, device="as above",
-           offsets=NO_OFFSETS, range="as above", negative="as above", non_finite=NO_FLOAT,
-           empty="as above", file="as above", option="as above")
-_e.refuses("model", "f - log pi without a policy",
-           lambda t: t.lone.rerank("1", ["ab"], by="reward"), "this reward was loaded alone",
-           "pass policy=")
+_e = Entry(
+    "scorer of a reward alone",
+    CELLS,
+    shape=TEXT,
+    dtype=TEXT,
+    device="as above",
+    offsets=NO_OFFSETS,
+    range="as above",
+    negative="as above",
+    non_finite=NO_FLOAT,
+    empty="as above",
+    file="as above",
+    option="as above",
+)
+_e.refuses(
+    "model",
+    "f - log pi without a policy",
+    lambda t: t.lone.rerank("1", ["ab"], by="reward"),
+    "this reward was loaded alone",
+    "pass policy=",
+)
 assert torch is not None

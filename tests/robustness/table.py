@@ -116,9 +116,7 @@ class Entry:
         )
         return self
 
-    def serves(
-        self, fault: str, given: str, call: Callable[[Any], object], result: str
-    ) -> Entry:
+    def serves(self, fault: str, given: str, call: Callable[[Any], object], result: str) -> Entry:
         """Add a `Served`."""
         self.cells.append(
             Served(entry=self.name, fault=fault, given=given, call=call, result=result)

@@ -1,4 +1,4 @@
-"""What the rows need: folders and files, a tiny reward and its scorer, made when first asked for."""
+"""What the rows need: folders, files, a tiny reward and its scorer, made when first asked for."""
 
 from __future__ import annotations
 
