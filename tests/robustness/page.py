@@ -7,23 +7,35 @@ from pathlib import Path
 
 from tests.robustness import (
     batches,
+    commands,
     data,
     evaluating,
+    integrations,
     models,
-    operators,
-    services,
+    operators_groups,
+    operators_head,
+    operators_spans,
+    scorer,
+    serving,
     settings,
+    spans,
 )
 from tests.robustness.table import FAULTS, Cell, Refused, Served
 
 AREAS = {
-    "Operators": operators.CELLS,
-    "Traces, batches, spans": batches.CELLS,
-    "Models and the scorer": models.CELLS,
+    "Operators over the head": operators_head.CELLS,
+    "Operators over spans": operators_spans.CELLS,
+    "Advantages": operators_groups.CELLS,
+    "Traces and batches": batches.CELLS,
+    "Spans": spans.CELLS,
+    "Models and sampling": models.CELLS,
+    "The scorer": scorer.CELLS,
     "Configurations and training": settings.CELLS,
     "Tasks and readers": data.CELLS,
     "Numbers of an evaluation": evaluating.CELLS,
-    "Integrations, server, commands": services.CELLS,
+    "Integrations": integrations.CELLS,
+    "The server": serving.CELLS,
+    "Commands": commands.CELLS,
 }
 CELLS: list[Cell] = [cell for cells in AREAS.values() for cell in cells]
 PAGE = Path(__file__).parents[2] / "docs" / "robustness.md"
