@@ -85,10 +85,10 @@ class RewardScorer:
             )
         if passes not in (None, *get_args(Passes)):
             raise ValueError(f"expected passes='alone' or 'packed', received {passes!r}")
-        if token_budget < 1:
+        if token_budget is not None and token_budget < 1:
             raise ValueError(
-                f"expected a token_budget of 1 or more, received {token_budget}: 16384 is the "
-                "default"
+                f"expected a token_budget of 1 or more, received {token_budget}: leave it out, or "
+                "raise it"
             )
         self.discriminator = discriminator.eval()
         self.policy = policy if policy is None else policy.eval()
