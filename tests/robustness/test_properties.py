@@ -1,7 +1,7 @@
 """Properties, with hypothesis looking for counterexamples.
 
 By default few examples and the same every time; ``AIRL_FAST_EXAMPLES=2000`` asks for that many of
-each, other ones every time. docs/robustness.md has the counts of the last long run.
+each, other ones every time. docs/robustness.md has the counts of what was run.
 """
 
 import math
