@@ -19,6 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from airl_fast import varlen
+from airl_fast.batch_checks import check_tokens
 from airl_fast.continuing import Continuation, Pass
 from airl_fast.layout import Bucket, PackedLayout, layout_of
 from airl_fast.packing import PackedBatch
@@ -280,27 +281,6 @@ def standard_attention(model: nn.Module) -> Iterator[None]:
         base.set_attn_implementation(before)
 
 
-def _check_tokens(trunk: nn.Module, batch: PackedBatch, embedded: bool) -> int:
-    """Refuse a batch on another device, and token ids that the embeddings have no row for.
-
-    Returns:
-        The tokens of the longest sequence.
-    """
-    embeddings: Tensor = trunk.get_input_embeddings().weight  # type: ignore[operator]
-    if batch.device != embeddings.device:
-        raise ValueError(
-            f"the batch is on {batch.device} and the model on {embeddings.device}: move it with "
-            f"batch.to({str(embeddings.device)!r})"
-        )
-    largest, last = torch.stack([batch.input_ids.max(), batch.position_ids.max()]).tolist()
-    if embedded and largest >= len(embeddings):
-        raise ValueError(
-            f"expected token ids below {len(embeddings)}, the rows of the model's embeddings, "
-            f"received {largest}: encode with the model's own tokenizer"
-        )
-    return int(last) + 1
-
-
 def packed_forward(
     trunk: nn.Module, batch: PackedBatch, *, inputs_embeds: Tensor | None = None
 ) -> Tensor:
@@ -324,7 +304,7 @@ def packed_forward(
             "airl_fast.pack()"
         )
     config = _enabled(trunk)
-    longest = _check_tokens(trunk, batch, inputs_embeds is None)
+    longest = check_tokens(trunk, batch, inputs_embeds is None)
     if inputs_embeds is not None and inputs_embeds.shape[:-1] != (batch.num_tokens,):
         raise ValueError(
             f"expected inputs_embeds of shape [{batch.num_tokens}, D], received "

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -24,6 +23,7 @@ from airl_fast.attention import (
     packed_forward,
     standard_attention,
 )
+from airl_fast.loading_checks import check_folder, check_options, known_device, whole_weights
 from airl_fast.ops.linear_logprob import linear_logprob
 from airl_fast.packing import PackedBatch
 
@@ -254,9 +254,9 @@ def load_language_model(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     device = known_device(device)
-    _check_options(dtype, lora_rank)
+    check_options(dtype, lora_rank)
     path = resolve(origin.model)
-    _check_folder(path, origin.gguf_file)
+    check_folder(path, origin.gguf_file)
     where = {
         "trust_remote_code": origin.trust_remote_code,
         "gguf_file": origin.gguf_file,
@@ -275,66 +275,6 @@ def load_language_model(
     return LanguageModel(
         _with_adapter(model, adapter, lora_rank, lora_alpha), tokenizer, origin, adapter
     )
-
-
-def known_device(device: str | torch.device) -> torch.device:
-    """Return a device that this machine has.
-
-    Raises:
-        ValueError: it has none of that name.
-    """
-    remedy = "name one such as cpu, cuda or cuda:1; `airl-fast doctor` says what is here"
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"expected a device, received {device!r}: {remedy}") from error
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"received {str(device)!r}, and torch sees {torch.cuda.device_count()} CUDA devices: "
-            f"{remedy}"
-        )
-    return found
-
-
-def _check_options(dtype: object, lora_rank: int) -> None:
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(
-            f"expected a floating dtype, received {dtype!r}: pass a torch dtype such as "
-            "torch.float32"
-        )
-    if lora_rank < 0:
-        raise ValueError(
-            f"expected a LoRA rank of 0 or more, received lora_rank={lora_rank}: 0 trains all "
-            "weights"
-        )
-
-
-def _check_folder(path: str, gguf_file: str | None) -> None:
-    """Refuse a path that is neither a model's folder nor what a hub could have a name for."""
-    remedy = "give a hub name, or the folder of a saved model"
-    folder = Path(path)
-    if folder.is_dir():
-        wanted = gguf_file or "config.json"
-        if not (folder / wanted).is_file():
-            raise ValueError(f"{path} holds no {wanted}: {remedy}")
-    elif folder.is_absolute() or path.startswith(".") or path.count("/") > 1 or not path:
-        raise ValueError(f"{path!r}: no such folder; {remedy}")
-
-
-@contextmanager
-def whole_weights(path: object) -> Iterator[None]:
-    """Say of weights that cannot be read whose they are and what to do.
-
-    Raises:
-        ValueError: a safetensors file is damaged.
-    """
-    try:
-        yield
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path}: a safetensors file (such as model.safetensors) is damaged ({error}); copy or "
-            "train it again"
-        ) from error
 
 
 def add_adapter(body: LanguageModel, adapter: str, rank: int, alpha: int) -> LanguageModel:

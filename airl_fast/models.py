@@ -23,13 +23,12 @@ from airl_fast.loading import (
     LanguageModel,
     Origin,
     add_adapter,
-    known_device,
     load_language_model,
     load_saved,
     read_metadata,
-    whole_weights,
     write_metadata,
 )
+from airl_fast.loading_checks import known_device, whole_weights
 from airl_fast.ops.airl_score import AIRLScore, airl_score
 from airl_fast.ops.linear_logprob import linear_logprob
 from airl_fast.ops.segments import segment_mean, segment_sum

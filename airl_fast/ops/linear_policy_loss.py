@@ -11,7 +11,7 @@ from torch import Tensor
 
 from airl_fast.ops import _cpu_gradients, _cpu_head, _cuda_head, _triton
 from airl_fast.ops._arguments import require_tensors
-from airl_fast.ops._deferred import defers, refuse_where, sound_offsets
+from airl_fast.ops._deferred import refuse_where
 from airl_fast.ops._head import (
     NON_FINITE_LOGITS,
     ChunkedHead,
@@ -26,7 +26,12 @@ from airl_fast.ops._head import (
     no_autocast,
     present,
 )
-from airl_fast.ops._policy_checks import check_modes, check_options
+from airl_fast.ops._policy_checks import (
+    check_modes,
+    check_options,
+    check_sequences,
+    sequence_offsets,
+)
 from airl_fast.ops._policy_terms import (
     IGNORE_INDEX,
     ActionLoss,
@@ -36,7 +41,6 @@ from airl_fast.ops._policy_terms import (
     pieces,
 )
 from airl_fast.ops.dispatch import implements, pick
-from airl_fast.ops.segments import check_offset_tensor
 
 
 class PolicyLossStats(NamedTuple):
@@ -150,7 +154,7 @@ def linear_policy_loss(
     constants = {"advantages": advantages, "old_logp": old_logp, "ref_logp": ref_logp}
     for name, tensor in constants.items():
         _check_constant(name, tensor, hidden)
-    check_offset_tensor("linear_policy_loss", "cu_seqs", cu_seqs, hidden)
+    check_sequences(cu_seqs, hidden)
     check_options(clip_low, clip_high, delta, beta, entropy_coef, ref_logp)
     check_modes(importance, aggregation, normaliser)
     differentiate = torch.is_grad_enabled()
@@ -224,7 +228,7 @@ def _linear_policy_loss(
     the order of PolicyLossStats, logp [N] and entropy [N].
     """
     check_targets(targets, len(weight), IGNORE_INDEX)
-    cu_seqs = _check_offsets(cu_seqs, len(hidden))
+    cu_seqs = sequence_offsets(cu_seqs, len(hidden))
     kept = targets != IGNORE_INDEX
     constants = {"advantages": advantages, "old_logp": old_logp, "ref_logp": ref_logp}
     for name, tensor in constants.items():
@@ -310,32 +314,6 @@ def _scaled(gradient: Tensor, d_loss: Tensor) -> Tensor:
 
 
 _linear_policy_loss.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _check_offsets(cu_seqs: Tensor, rows: int) -> Tensor:
-    """Refuse offsets that do not cut the rows into sequences, of which some may be empty.
-
-    Returns:
-        The offsets to work with: on a GPU, where the refusal comes late, inside the rows always.
-    """
-    late = defers(cu_seqs.device)
-    first, last = cu_seqs[:1], cu_seqs[-1:]
-    before = torch.cat([first, cu_seqs[:-1]])
-    refuse_where(
-        torch.cat([(first != 0) | (last != rows), cu_seqs[1:] < cu_seqs[:-1]]),
-        torch.stack([first.expand_as(before), last.expand_as(before), before, cu_seqs], 1),
-        lambda at, first, last, before, here: (
-            f"cu_seqs: expected offsets that start at 0, never decrease and end at N = {rows}, "
-            f"received {first} to {last}{f', with {here} after {before}' if at else ''}; they are "
-            "the running sum of the sequences' lengths, with a 0 before it"
-        ),
-    )
-    if late and cu_seqs.shape[0] == 1 and rows > 0:
-        raise ValueError(
-            f"cu_seqs: expected two offsets or more for N = {rows} rows, received one; pass "
-            "[0, N] for one sequence"
-        )
-    return sound_offsets(cu_seqs, rows) if late else cu_seqs
 
 
 @implements("linear_policy_loss", "reference")

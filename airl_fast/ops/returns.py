@@ -60,7 +60,7 @@ def check_gamma(op: str, gamma: float) -> None:
     require_number("gamma", gamma)
     if not 0.0 <= gamma <= 1.0:
         raise ValueError(
-            f"{op}: expected gamma, a discount in [0, 1], received {gamma}; 1 stands for none"
+            f"{op}: expected gamma in [0, 1], received {gamma}; 1 stands for no discount"
         )
 
 

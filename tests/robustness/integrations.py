@@ -167,7 +167,7 @@ _e.refuses(
     "received 'median'",
     "one of 'mean', 'leave_one_out', 'none'",
 )
-_e.refuses("option", "gamma=2", dense(gamma=2.0), "received 2.0", "a discount in [0, 1]")
+_e.refuses("option", "gamma=2", dense(gamma=2.0), "received 2.0", "1 stands for no discount")
 _e.refuses(
     "model", '"reward" without a policy', dense(value="reward"), "was loaded alone", "pass policy="
 )

@@ -169,4 +169,6 @@ _e.refuses(
     "received 'token'",
     "one of 'sequence', 'span'",
 )
-_e.refuses("option", "gamma=-0.1", advantages(gamma=-0.1), "received -0.1", "a discount in [0, 1]")
+_e.refuses(
+    "option", "gamma=-0.1", advantages(gamma=-0.1), "received -0.1", "1 stands for no discount"
+)

@@ -249,7 +249,7 @@ _e.refuses(
     "offsets",
     "that end at 4 for 3 rows",
     loss_with(cu_seqs=ints(0, 4)),
-    "received 0 to 4",
+    "received [0, 4]",
     "the running sum of the sequences' lengths",
 )
 _e.refuses(

@@ -191,7 +191,9 @@ for _name in (
             "received nan at index 0",
             "look for the overflow",
         )
-        _e.refuses("option", "gamma=1.5", at(_x, _cu, 1.5), "received 1.5", "a discount in [0, 1]")
+        _e.refuses(
+            "option", "gamma=1.5", at(_x, _cu, 1.5), "received 1.5", "1 stands for no discount"
+        )
     else:
         _e.serves(
             "non-finite",

@@ -69,7 +69,7 @@ def late(monkeypatch):
     """Checks leave reports on a CPU too, as on a GPU; none is left over."""
     arrival = Arrival()
     monkeypatch.setattr(_deferred, "defers", lambda where: True)
-    for module in ("segments", "linear_policy_loss"):
+    for module in ("segments", "_policy_checks"):
         monkeypatch.setattr(f"airl_fast.ops.{module}.defers", lambda where: True)
 
     def send(found, words):
