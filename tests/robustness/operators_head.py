@@ -235,7 +235,7 @@ _e.refuses(
     "dtype",
     "int64 offsets",
     loss_with(cu_seqs=ints(0, 3, dtype=torch.int64)),
-    "of torch.int64",
+    "received torch.int64",
     "as torch.int32",
 )
 _e.refuses(
