@@ -23,6 +23,7 @@ _HOME = {
     "linear_logprob": "ops.linear_logprob",
     "linear_policy_loss": "ops.linear_policy_loss",
     "PolicyLossStats": "ops.linear_policy_loss",
+    "vocab_parallel_linear_logprob": "ops.vocab_parallel",
     "airl_score": "ops.airl_score",
     "AIRLScore": "ops.airl_score",
     "discriminator_loss": "ops.discriminator_loss",

@@ -6,13 +6,17 @@ state: a resumed run sees the data that it would have seen.
 
 import hashlib
 import random
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from functools import partial
+from typing import Any, Generic, TypeVar, overload
 
 from airl_fast.negatives import KINDS, perturb
 from airl_fast.packing import Source, Trace
 from airl_fast.tasks import Example, Task, encode_completion, encode_prompt
+from airl_fast.tasks.drawing import shuffled_order
+from airl_fast.tasks.line_index import Streamed
 
 SpanRule = Callable[[Sequence[int]], tuple[int, ...]]
 Item = TypeVar("Item")
@@ -33,26 +37,60 @@ class Problem:
     expert: tuple[int, ...] | None
 
 
-def encode(examples: Sequence[Example], tokenizer: Any) -> list[Problem]:
-    """Encode prompts, and completions with an end-of-text token."""
-    return [
-        Problem(
-            example=example,
-            prompt=tuple(encode_prompt(example, tokenizer)),
-            expert=(
-                tuple(encode_completion(example.completion, tokenizer))
-                if example.completion is not None
-                else None
-            ),
-        )
-        for example in examples
-    ]
+class StreamedProblems(Sequence[Problem]):
+    """Problems that are read, encoded and checked when they are drawn.
+
+    ``checks`` are called with each that is.
+    """
+
+    def __init__(self, examples: Streamed, tokenizer: Any) -> None:
+        self.examples, self.tokenizer = examples, tokenizer
+        self.checks: list[Callable[[Sequence[Problem]], None]] = []
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @overload
+    def __getitem__(self, i: int) -> Problem: ...
+
+    @overload
+    def __getitem__(self, i: slice) -> list[Problem]: ...
+
+    def __getitem__(self, i: int | slice) -> Problem | list[Problem]:
+        """Read a problem, or some."""
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
+        problem = _problem(self.examples[i], self.tokenizer)
+        for check in self.checks:
+            check([problem])
+        return problem
+
+
+def encode(examples: Sequence[Example], tokenizer: Any) -> Sequence[Problem]:
+    """Encode prompts, and completions with an end-of-text token; streamed ones when drawn."""
+    if isinstance(examples, Streamed):
+        return StreamedProblems(examples, tokenizer)
+    return [_problem(example, tokenizer) for example in examples]
+
+
+def _problem(example: Example, tokenizer: Any) -> Problem:
+    return Problem(
+        example=example,
+        prompt=tuple(encode_prompt(example, tokenizer)),
+        expert=(
+            tuple(encode_completion(example.completion, tokenizer))
+            if example.completion is not None
+            else None
+        ),
+    )
 
 
 def check_lengths(
     problems: Sequence[Problem], *, max_new_tokens: int, token_budget: int, context: float
 ) -> None:
     """Refuse, before the first step, problems whose traces would not fit later on.
+
+    Streamed ones are checked when they are drawn.
 
     Args:
         problems: with their demonstrations.
@@ -63,6 +101,16 @@ def check_lengths(
     Raises:
         ValueError: a trace could be longer than the budget or the context, naming the problem.
     """
+    if isinstance(problems, StreamedProblems):
+        problems.checks.append(
+            partial(
+                check_lengths,
+                max_new_tokens=max_new_tokens,
+                token_budget=token_budget,
+                context=context,
+            )
+        )
+        return
     for problem in problems:
         completion = max(max_new_tokens, len(problem.expert or ()))
         length = len(problem.prompt) + completion
@@ -84,7 +132,7 @@ class Shuffled(Generic[Item]):
         self.seed = seed
         self.purpose = purpose
         self._epoch = -1
-        self._order: list[int] = []
+        self._order = array("q")
 
     def take(self, start: int, count: int) -> list[Item]:
         """Items ``start`` to ``start + count - 1`` of the sequence."""
@@ -93,8 +141,8 @@ class Shuffled(Generic[Item]):
     def _at(self, position: int) -> Item:
         epoch, offset = divmod(position, len(self.items))
         if epoch != self._epoch:
-            self._order = list(range(len(self.items)))
-            random.Random(derive_seed(self.seed, self.purpose, epoch)).shuffle(self._order)
+            seed = derive_seed(self.seed, self.purpose, epoch)
+            self._order = shuffled_order(len(self.items), seed)
             self._epoch = epoch
         return self.items[self._order[offset]]
 
@@ -134,19 +182,21 @@ class TraceMaker:
     def check_perturbable(self, examples: Sequence[Example]) -> None:
         """Refuse, before the first step, a demonstration that cannot be made wrong.
 
+        Streamed ones are not looked at: ``perturbed`` raises when it is given one.
+
         Raises:
             ValueError: no kind of perturbation changes it, naming the example.
         """
-        for example in examples:
-            try:
-                self._wrong(example, 0)
-            except ValueError as error:
-                raise ValueError(f"example {example.id!r}: {error}") from None
+        for example in [] if isinstance(examples, Streamed) else examples:
+            self._wrong(example, 0)
 
     def _wrong(self, example: Example, seed: int) -> str:
         assert example.completion is not None
         rng = random.Random(seed)
-        return perturb(self.task, example.completion, rng, kinds=self.perturbations)
+        try:
+            return perturb(self.task, example.completion, rng, kinds=self.perturbations)
+        except ValueError as error:
+            raise ValueError(f"example {example.id!r}: {error}") from None
 
     def perturbed(self, problem: Problem, group: int, seed: int) -> Trace:
         """The problem's demonstration made wrong."""

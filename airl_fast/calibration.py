@@ -17,14 +17,18 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from airl_fast.parsing import parse_object, shown
 
 Array = NDArray[np.float64]
 Value = Literal["f", "f per token", "centred f", "centred f per token"]
 Rule = Literal["first", "lowest"]
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)  # of what is read; see Calibration.load
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +37,8 @@ class Curve:
 
     d is in units of the values' spread, ``Calibration.scale``.
     """
+
+    __pydantic_config__: ClassVar = _STRICT
 
     a: float
     b: float
@@ -55,6 +61,8 @@ class Quality:
         brier: mean squared distance between confidence and being right.
     """
 
+    __pydantic_config__: ClassVar = _STRICT
+
     f1: float
     accuracy_erroneous: float
     accuracy_correct: float
@@ -75,6 +83,8 @@ class Decider:
         located: confidence that a located step is the first wrong one.
         none: confidence that there is none where none is located.
     """
+
+    __pydantic_config__: ClassVar = _STRICT
 
     value: Value
     rule: Rule
@@ -124,6 +134,8 @@ class Calibration:
         weights: digest of the reward's head, to know a calibration of another reward.
     """
 
+    __pydantic_config__: ClassVar = _STRICT
+
     decider: Decider
     traces: int
     erroneous: int
@@ -157,25 +169,26 @@ class Calibration:
             ValueError: it is something else.
         """
         try:
-            values = json.loads(path.read_text("utf-8"))
+            values = parse_object(path.read_text("utf-8"))
             if values.pop("format") != 1:
                 raise ValueError("another format")
-            decider = values["decider"]
-            for name in ("located", "none"):
-                decider[name] = Curve(**decider[name])
-            values["decider"] = Decider(**decider)
-            for name in ("fitted", "held_out"):
-                values[name] = Quality(**values[name])
-            made = cls(**values)
-            chosen = made.decider
-            if chosen.value not in get_args(Value) or chosen.rule not in get_args(Rule):
-                raise ValueError("an unknown value or rule")
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(
-                f"{path} is no calibration ({error}): make it again with `airl-fast calibrate`, or "
-                "remove it"
-            ) from error
-        return made
+            made = _CHECKED.validate_json(json.dumps(values), strict=True)
+            if made.decider.scale > 0:
+                return made
+            reason = f"decider.scale: expected above 0, received {made.decider.scale}"
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where, why = ".".join(map(str, first["loc"])), first["msg"]
+            reason = f"{where}: {why}, received {shown(first['input'])}"
+        except (ValueError, KeyError) as error:
+            reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(
+            f"{path} is no calibration ({reason}): make it again with `airl-fast calibrate`, or "
+            "remove it"
+        )
+
+
+_CHECKED = TypeAdapter(Calibration)
 
 
 def step_values(value: Value, f: Sequence[float], num_tokens: Sequence[int]) -> Array:

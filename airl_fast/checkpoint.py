@@ -2,18 +2,17 @@
 
 A checkpoint is a folder ``step-000020`` with ``tensors.safetensors``, ``state.json`` and
 ``manifest.json`` (the size and SHA-256 of the other two). It is written as
-``step-000020.tmp-<pid>``, flushed to the disk, then renamed, so that a process killed at any
-moment leaves either the old folder or the new one under the final name. One process writes to a
-directory at a time: with several ranks, rank 0.
+``step-000020.tmp-<pid>``, flushed to the disk, then renamed, so that a folder of the final name is
+whole, at whatever moment a process is killed. One process writes to a directory at a time: with
+several ranks, rank 0.
 """
 
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,17 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from airl_fast.durable import (
+    explained,
+    flush,
+    make_folder,
+    move_into_place,
+    remove,
+    retire,
+    temporary,
+)
+from airl_fast.parsing import parse_object, shown
 
 _log = logging.getLogger(__name__)
 
@@ -35,7 +45,13 @@ class CheckpointError(RuntimeError):
 
 
 def save_checkpoint(
-    directory: Path, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any], *, keep: int
+    directory: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    state: dict[str, Any],
+    *,
+    keep: int,
+    protect: Collection[int] = (),
 ) -> Path:
     """Write one checkpoint atomically, then delete all but the newest ``keep``.
 
@@ -45,15 +61,16 @@ def save_checkpoint(
         tensors: dense tensors of any shape, dtype and device; no two may share memory.
         state: everything else, as JSON values: dicts with string keys, lists, strings, numbers,
             booleans, None. Floats come back exactly.
-        keep: how many checkpoints stay, >= 1. The one just written always does. Half-written
-            folders of earlier processes are deleted too.
+        keep: how many checkpoints stay, >= 1. The one just written always does.
+        protect: steps whose checkpoints stay besides.
 
     Returns:
         The folder of the checkpoint.
 
     Raises:
         ValueError: a tensor or a value that would not come back as it was.
-        CheckpointError: the folder cannot be written to (permissions, disk full).
+        CheckpointError: the folder cannot be written to (permissions, disk full). The checkpoints
+            that were there are as they were.
     """
     if step < 0 or keep < 1:
         raise ValueError(f"expected step >= 0 and keep >= 1, got step={step} and keep={keep}")
@@ -62,27 +79,52 @@ def save_checkpoint(
     dense = _dense(tensors)
 
     final = Path(directory) / f"step-{step:06d}"
-    partial = final.with_name(f"{final.name}.tmp-{os.getpid()}")
+    partial = temporary(final)
     try:
+        with explained(f"the checkpoint {final}", CheckpointError):
+            remove(partial)
+            make_folder(partial)
+            save_file(dense, partial / _TENSORS)
+            (partial / _STATE).write_text(text, encoding="utf-8")
+            files = {name: _fingerprint(partial / name) for name in (_TENSORS, _STATE)}
+            manifest = {"format": _FORMAT, "step": step, "files": files}
+            (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            for name in (_TENSORS, _STATE, _MANIFEST):
+                flush(partial / name)
+            flush(partial)
+            move_into_place(partial, final)
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        save_file(dense, partial / _TENSORS)
-        (partial / _STATE).write_text(text, encoding="utf-8")
-        files = {name: _fingerprint(partial / name) for name in (_TENSORS, _STATE)}
-        manifest = {"format": _FORMAT, "step": step, "files": files}
-        (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        for name in (_TENSORS, _STATE, _MANIFEST):
-            _flush(partial / name)
-        _flush(partial)
-        _move_into_place(partial, final)
-        _prune(final, keep)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(
-            f"cannot write the checkpoint {final}: {error}; check that the folder is writable and "
-            "the disk has room, or choose another output directory"
-        ) from error
+    prune_checkpoints(directory, step, keep=keep, protect=protect)
     return final
+
+
+def prune_checkpoints(
+    directory: Path, newest: int, *, keep: int, protect: Collection[int] = ()
+) -> None:
+    """Delete checkpoints but ``keep`` of them, and what earlier processes left unfinished.
+
+    The checkpoint of step ``newest`` stays, then those before it, latest first, then those after
+    it: steps that are being made again, because those checkpoints were damaged. What cannot be
+    deleted is reported as a warning of the logger ``airl_fast.checkpoint``; the next call tries
+    again.
+
+    Args:
+        directory: where the checkpoints are.
+        newest: the step just written.
+        keep: how many stay.
+        protect: steps whose checkpoints stay besides.
+    """
+    found = {_step(path): path for path in _checkpoints(Path(directory))}
+    ranked = sorted(found, key=lambda step: (step > newest, abs(newest - step)))
+    try:
+        for step in ranked[keep:]:
+            if step not in protect:
+                retire(found[step])
+        for path in Path(directory).glob("step-*.tmp-*"):
+            remove(path)
+    except OSError as error:
+        _log.warning("cannot delete old checkpoints: %s; delete them by hand", error)
 
 
 def latest_checkpoint(directory: Path) -> Path | None:
@@ -103,7 +145,7 @@ def latest_checkpoint(directory: Path) -> Path | None:
         try:
             verify_checkpoint(path)
         except CheckpointError as error:
-            _log.warning("%s; trying the checkpoint before it", error)
+            _log.warning("%s. Trying the checkpoint before it", error)
             damaged.append(path.name)
         else:
             return path
@@ -113,6 +155,11 @@ def latest_checkpoint(directory: Path) -> Path | None:
             "start again from step 0, or restore one from a copy"
         )
     return None
+
+
+def checkpoint_steps(directory: Path) -> list[int]:
+    """The steps of the checkpoints that are there, whole or not, in order."""
+    return [_step(path) for path in _checkpoints(Path(directory))]
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -126,8 +173,11 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     path = Path(path)
     verify_checkpoint(path)
-    state = json.loads((path / _STATE).read_text(encoding="utf-8"))
-    return load_file(path / _TENSORS), state
+    try:
+        state = parse_object((path / _STATE).read_text(encoding="utf-8"))
+        return load_file(path / _TENSORS), state
+    except (ValueError, SafetensorError) as error:
+        raise CheckpointError(f"checkpoint {path} is damaged: {str(error)[:500]}") from error
 
 
 def verify_checkpoint(path: Path) -> None:
@@ -136,36 +186,53 @@ def verify_checkpoint(path: Path) -> None:
     Raises:
         CheckpointError: naming the checkpoint, the file and what differs.
     """
-    try:
-        manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
-        found_format, files = manifest["format"], manifest["files"]
-        expected = {name: (files[name]["bytes"], files[name]["sha256"]) for name in files}
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is not a whole checkpoint: no {_MANIFEST}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"checkpoint {path} is damaged: {_MANIFEST}: {error!r}") from error
-    if found_format != _FORMAT:
-        raise CheckpointError(
-            f"checkpoint {path} has format {found_format}, expected {_FORMAT}: read it with the "
-            "version of airl_fast that wrote it"
-        )
-    for name in (_TENSORS, _STATE):
-        if name not in expected:
-            raise CheckpointError(f"checkpoint {path} is damaged: {_MANIFEST} omits {name}")
-        size, digest = expected[name]
+    path = Path(path)
+    for name, (size, digest) in _read_manifest(path).items():
         file = path / name
         found = file.stat().st_size if file.is_file() else None
         if found is None:
-            raise CheckpointError(f"checkpoint {path} is damaged: {name} is missing")
+            raise _damaged(path, f"{name} is missing")
         if found != size:
+            raise _damaged(path, f"{name} has {found} bytes, {_MANIFEST} says {shown(size)}")
+        try:
+            same = _sha256(file) == digest
+        except OSError as error:
+            raise _damaged(path, f"{name} cannot be read: {error}") from error
+        if not same:
+            raise _damaged(path, f"the SHA-256 of {name} is not the one in {_MANIFEST}")
+
+
+def _read_manifest(path: Path) -> dict[str, tuple[int, str]]:
+    """Size and SHA-256 of each file. It has no digest of its own: anything unexpected is damage."""
+    try:
+        manifest = parse_object((path / _MANIFEST).read_text(encoding="utf-8"))
+        if manifest["format"] != _FORMAT:
             raise CheckpointError(
-                f"checkpoint {path} is damaged: {name} has {found} bytes, expected {size}"
+                f"checkpoint {path} has format {shown(manifest['format'])}, expected {_FORMAT}: "
+                "read it with the version of airl_fast that wrote it"
             )
-        if _sha256(file) != digest:
-            raise CheckpointError(
-                f"checkpoint {path} is damaged: the SHA-256 of {name} is not the one it was "
-                "written with"
-            )
+        files = manifest["files"]
+        for name in (_TENSORS, _STATE):
+            if name not in files:
+                raise _damaged(path, f"{_MANIFEST} omits {name}")
+        expected = {name: (files[name]["bytes"], files[name]["sha256"]) for name in files}
+        lengths = [len(manifest), len(files), *(len(entry) for entry in files.values())]
+        step = manifest["step"]
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is not a whole checkpoint: no {_MANIFEST}") from error
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        what = f"{type(error).__name__}: {str(error)[:500]}"
+        raise _damaged(path, f"{_MANIFEST}: {what}") from error
+    if lengths != [3, 2, 2, 2]:
+        raise _damaged(path, f"{_MANIFEST} has entries that were not written")
+    if _FOLDER.fullmatch(path.name) and step != _step(path):
+        raise _damaged(path, f"{_MANIFEST} is of step {shown(step)}; a copy needs another name")
+    return expected
+
+
+def _damaged(path: Path, what: str) -> CheckpointError:
+    remedy = "take an earlier checkpoint, or a copy of this one"
+    return CheckpointError(f"checkpoint {path} is damaged: {what}; {remedy}")
 
 
 def flatten_optimizer(
@@ -323,33 +390,11 @@ def _checkpoints(directory: Path) -> list[Path]:
     """The checkpoint folders of a directory, oldest first."""
     if not directory.is_dir():
         return []
-    numbered = [
-        (match, path) for path in directory.iterdir() if (match := _FOLDER.fullmatch(path.name))
-    ]
-    return [path for match, path in sorted(numbered, key=lambda pair: int(pair[0][1]))]
+    return sorted((p for p in directory.iterdir() if _FOLDER.fullmatch(p.name)), key=_step)
 
 
-def _move_into_place(partial: Path, final: Path) -> None:
-    """Rename, replacing a checkpoint of the same step; then make the rename itself durable."""
-    if final.exists():
-        _retire(final)
-    partial.rename(final)
-    _flush(final.parent)
-
-
-def _prune(newest: Path, keep: int) -> None:
-    """Delete all but ``keep`` checkpoints, and what earlier processes left unfinished."""
-    others = [path for path in _checkpoints(newest.parent) if path != newest]
-    for path in others[: max(0, len(others) - (keep - 1))]:
-        _retire(path)
-    for path in newest.parent.glob("step-*.tmp-*"):
-        if path.is_dir():
-            shutil.rmtree(path)
-
-
-def _retire(path: Path) -> None:
-    """Take a checkpoint's name away at once, so that no half-deleted one ever bears it."""
-    path.rename(path.with_name(f"{path.name}.tmp-{os.getpid()}-retired"))
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _fingerprint(file: Path) -> dict[str, Any]:
@@ -359,11 +404,3 @@ def _fingerprint(file: Path) -> dict[str, Any]:
 def _sha256(file: Path) -> str:
     with open(file, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

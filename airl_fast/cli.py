@@ -99,6 +99,13 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", nargs="*", metavar="section.key=value",
                        help="values that replace the file's")  # fmt: skip
 
+    export = add("export", commands.export, "write the reward and policy of any checkpoint")
+    export.add_argument("directory", type=Path, metavar="DIR", help="folder of a run")
+    export.add_argument("--checkpoint", default="best", metavar="best|last|STEP",
+                        help="which (default: %(default)s, on validation)")  # fmt: skip
+    export.add_argument("--output", type=Path, metavar="OUT",
+                        help="folder (default: DIR/best, or the checkpoint's name)")  # fmt: skip
+
     _add_reader(add("score", commands.score, "score completions per token, step and sequence"))
     rerank = add("rerank", commands.rerank, "rank the completions of each prompt, best first")
     _add_reader(rerank)

@@ -8,12 +8,22 @@ example:
   airl-fast demo --output-dir runs/demo
 """
 TRAIN = """\
-An interrupted run goes on from its last checkpoint when the same command is given again. The
-run's folder gets policy/, reward/, metrics.jsonl and config.yaml.
+An interrupted run goes on from its last checkpoint when the same command is given again. SIGTERM
+and Ctrl-C finish the step and save it first; Ctrl-C twice stops at once. The run's folder gets
+policy/, reward/, metrics.jsonl and config.yaml.
 
 examples:
   airl-fast train arithmetic run.output_dir=runs/first run.steps=20
   airl-fast train my.yaml algorithm.granularity=sparse 'policy.betas=[0.9, 0.95]'
+"""
+EXPORT = """\
+Writes policy/ and reward/ as they were at a checkpoint, for every command that takes the folder of
+a finished run. The best has the highest pass@1 on the validation problems (run.eval_every) after
+the warm starts; best.json in DIR names its step. The run may still be going on.
+
+examples:
+  airl-fast export runs/a && airl-fast score runs/a/best traces.jsonl
+  airl-fast export runs/a --checkpoint last --output early
 """
 INPUTS = """\
 A prompt is a text, a list of messages or a list of token ids; so is a completion, which may also

@@ -19,9 +19,17 @@ if TYPE_CHECKING:
 def demo(arguments: argparse.Namespace) -> int:
     """``airl-fast demo``."""
     from airl_fast.demo import DemoSettings, run_demo
+    from airl_fast.demo_jobs import StoppedError
 
     _hush()
-    run_demo(arguments.output_dir, DemoSettings(seed=arguments.seed))
+    try:
+        run_demo(arguments.output_dir, DemoSettings(seed=arguments.seed))
+    except StoppedError as stopped:
+        print(
+            f"airl-fast: {stopped}; the same command goes on from there",
+            file=sys.stderr,
+        )
+        return stopped.status
     return 0
 
 
@@ -34,6 +42,7 @@ def train(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from airl_fast.progress import TrainingProgress, summary
+    from airl_fast.stopping import StopSignals
     from airl_fast.trainer import Trainer
 
     _hush()
@@ -41,9 +50,11 @@ def train(arguments: argparse.Namespace) -> int:
     folder = Path(config.run.output_dir)
     console.print(f"{config.algorithm.name} on {config.task.name}, in {folder}", highlight=False)
     with TrainingProgress(config.total_steps, console=console) as progress:
-        trainer = Trainer(config, on_step=progress)
+        stop = StopSignals()
+        trainer = Trainer(config, on_step=progress, should_stop=stop)
         try:
-            history = trainer.train()
+            with stop:
+                history = trainer.train()
         except KeyboardInterrupt:
             print(
                 f"airl-fast: interrupted after step {trainer.step} of {trainer.total_steps}; the "
@@ -52,10 +63,27 @@ def train(arguments: argparse.Namespace) -> int:
             )
             return 130
     console.print(summary(history))
+    if trainer.step < trainer.total_steps:
+        print(
+            f"airl-fast: stopped after step {trainer.step} of {trainer.total_steps} and saved it; "
+            "the same command goes on from there",
+            file=sys.stderr,
+        )
+        return stop.status
     console.print(f"policy:  {folder / 'policy'}", highlight=False, soft_wrap=True)
     if trainer.discriminator is not None:
         console.print(f"reward:  {folder / 'reward'}", highlight=False, soft_wrap=True)
         console.print(f"use it:  airl-fast score {folder} traces.jsonl", highlight=False)
+    return 0
+
+
+def export(arguments: argparse.Namespace) -> int:
+    """``airl-fast export``."""
+    from airl_fast.export import export_run
+
+    _hush()
+    folder = export_run(arguments.directory, arguments.checkpoint, arguments.output)
+    print(folder)
     return 0
 
 

@@ -16,7 +16,10 @@ import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from airl_fast.durable import write_text
+from airl_fast.parsing import shown
 from airl_fast.schema import RunConfig, RunSection, TaskConfig
+from airl_fast.schema_guards import GuardsConfig
 from airl_fast.schema_models import (
     AlgorithmConfig,
     DiscriminatorConfig,
@@ -28,6 +31,7 @@ __all__ = [
     "AlgorithmConfig",
     "ConfigError",
     "DiscriminatorConfig",
+    "GuardsConfig",
     "PolicyConfig",
     "RunConfig",
     "RunSection",
@@ -41,12 +45,34 @@ __all__ = [
 ]
 
 
+_LONGEST_KEY = 100  # characters; what is longer is cut in a message
+_DEEPEST = 50  # levels of YAML; a configuration has three
+_MOST_PROBLEMS = 20  # lines of a message
+
+
 class ConfigError(ValueError):
     """A configuration that cannot be run: the key, what it holds, and what to do."""
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML in which a repeated key is an error, where PyYAML would keep the last in silence."""
+    """YAML without aliases, and in which a repeated key is an error: PyYAML keeps the last."""
+
+    _depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Refuse aliases, and nesting that takes PyYAML the square of its depth."""
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(
+                None, None, "aliases are not taken: write the value out", event.start_mark
+            )
+        if self._depth == _DEEPEST:
+            raise yaml.composer.ComposerError(None, None, "it is nested too deeply")
+        self._depth += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Build a mapping after checking that its keys differ."""
@@ -57,7 +83,7 @@ class _StrictLoader(yaml.SafeLoader):
                 continue  # the parent class words this refusal
             if key in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is given twice", key_node.start_mark
+                    None, None, f"the key {shown(key)} is given twice", key_node.start_mark
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
@@ -74,6 +100,22 @@ def check_is_config(given: object) -> None:
             f"expected a RunConfig, received {type(given).__name__}: make one with "
             "airl_fast.config.load_config"
         )
+
+
+def load_yaml(text: str) -> Any:
+    """Read YAML as plain values.
+
+    Raises:
+        ValueError: no YAML, a key given twice, an alias (a few of them can stand for more than
+            any memory holds), or what Python cannot make of a number or a date.
+    """
+    try:
+        return yaml.load(text, Loader=_StrictLoader)  # a SafeLoader: it builds plain values only
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError) as error:
+        # PyYAML's constructors raise the last three where a tag does not fit its value.
+        raise ValueError(f"{type(error).__name__}: {str(error)[:1000]}") from None
 
 
 def recipes() -> list[str]:
@@ -106,11 +148,8 @@ def load_config(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -
 
 def save_config(config: RunConfig, path: str | os.PathLike[str]) -> None:
     """Write the whole configuration, defaults included, as YAML that ``load_config`` reads."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
     tree = _plain(asdict(config))
-    partial.write_text(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), "utf-8")
-    os.replace(partial, path)  # whole or not at all
+    write_text(Path(path), yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
 
 
 def describe_config() -> str:
@@ -187,11 +226,11 @@ def _read(source: str | os.PathLike[str]) -> tuple[str, str]:
 def _parse(text: str, where: str) -> dict[str, Any]:
     """Return YAML text as sections; an empty section counts as absent."""
     try:
-        tree = yaml.load(text, Loader=_StrictLoader)  # a SafeLoader: it builds plain values only
-    except yaml.YAMLError as error:
+        tree = load_yaml(text)
+    except ValueError as error:
         raise ConfigError(f"{where}: not readable as YAML: {error}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"{where}: expected sections such as `run:`, received {tree!r}")
+        raise ConfigError(f"{where}: expected sections such as `run:`, received {shown(tree)}")
     return {key: value for key, value in tree.items() if value is not None}
 
 
@@ -201,17 +240,19 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     section, dot, field = key.partition(".")
     if not equals or not text.strip():
         raise ConfigError(
-            f"the override {override!r} has no value; write section.key=value, such as "
+            f"the override {shown(override)} has no value; write section.key=value, such as "
             "run.steps=100 (null for none)"
         )
     if not dot and section in _sections():
-        raise ConfigError(f"the override {override!r} sets a whole section; write {key}.KEY=VALUE")
+        raise ConfigError(
+            f"the override {shown(override)} sets a whole section; write {key}.KEY=VALUE"
+        )
     if not dot:
-        raise ConfigError(f"the override {override!r}: {_unknown(section)}")
+        raise ConfigError(f"the override {shown(override)}: {_unknown(section)}")
     try:
-        value = yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{key}: {text!r} is not readable as YAML: {error}") from None
+        value = load_yaml(text)
+    except ValueError as error:
+        raise ConfigError(f"{key}: {shown(text)} is not readable as YAML: {error}") from None
     branch = tree.setdefault(section, {})
     if isinstance(branch, dict):  # otherwise _check_keys names the section
         branch[field] = value
@@ -219,6 +260,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 def _unknown(key: str) -> str:
     """Say that a dotted or bare key is unknown, with the nearest one that exists."""
+    if len(key) > _LONGEST_KEY:
+        return f"{key[:_LONGEST_KEY]}...: no such key (`airl-fast train --help` lists all)"
     all_keys = [f"{name}.{field}" for name, cls in _sections().items() for field in _fields(cls)]
     section, _, field = key.rpartition(".")
     mine = [known.partition(".")[2] for known in all_keys if known.startswith(f"{section}.")]
@@ -237,6 +280,9 @@ def _did_you_mean(name: str, known: Sequence[str]) -> str:
 def _check_keys(tree: dict[str, Any]) -> None:
     """Refuse unknown and missing keys, all of them at once."""
     problems = list(_key_problems(tree))
+    if len(problems) > _MOST_PROBLEMS:
+        rest = len(problems) - _MOST_PROBLEMS
+        problems = [*problems[:_MOST_PROBLEMS], f"and {rest} more"]
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -248,7 +294,7 @@ def _key_problems(tree: dict[str, Any]) -> Iterator[str]:
             keys = [f"{name}.{key}" for key in branch] if isinstance(branch, dict) else [str(name)]
             yield from map(_unknown, keys)
         elif not isinstance(branch, dict):
-            yield f"{name}: expected `key: value` lines, received {branch!r}"
+            yield f"{name}: expected `key: value` lines, received {shown(branch)}"
         else:
             known = _fields(sections[name])
             yield from (_unknown(f"{name}.{key}") for key in branch if key not in known)
@@ -273,9 +319,9 @@ def _explain(error: ValidationError) -> Iterator[str]:
         received = item["input"]
         line = f"{key}: {message[0].lower()}{message[1:]}"
         if "received" not in line:
-            line += f"; received {received!r} ({type(received).__name__})"
+            line += f"; received {shown(received)} ({type(received).__name__})"
         if item["type"] == "string_type":
-            line += f"; quote it: {key}='\"{received}\"'"
+            line += f"; quote it: {key}='\"{shown(received)}\"'"
         if item["type"] == "tuple_type":
             line += f"; write a list: {key}='[\"{received}\"]'"
         section, _, field = key.partition(".")

@@ -2,7 +2,8 @@
 
 A small base model that errs systematically, 600 demonstrations of which 30% are wrong, and 3,000
 prompts without any. Every method starts from the same SFT and is measured on the same held-out
-problems; whatever is chosen (checkpoint, temperature) is chosen on validation problems.
+problems; whatever is chosen (checkpoint, temperature) is chosen on validation problems. Stopped by
+a signal, it goes on when it is started again with the same settings.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
-from multiprocessing import get_context
 from os import cpu_count
 from pathlib import Path
 from typing import Any
 
+from airl_fast import demo_jobs
 from airl_fast.config import RunConfig, load_config
+from airl_fast.durable import whole_folder
 from airl_fast.runs_progress import RunsProgress
 
 TEMPERATURES = (1.0, 0.7, 0.5, 0.3, 0.0)
@@ -68,26 +70,22 @@ def run_demo(output_dir: Path, settings: DemoSettings | None = None) -> Results:
     """Run the demo and write metrics.json, report.html, policy/ and reward/ to ``output_dir``.
 
     Args:
-        output_dir: a new or empty folder.
+        output_dir: a new or empty folder, or that of a demo with the same settings that did not
+            come to its end.
         settings: seed and sizes.
 
     Raises:
-        ValueError: the folder is not empty.
+        ValueError: the folder holds something else.
+        demo_jobs.StoppedError: SIGTERM or Ctrl-C; every run has saved its step.
     """
     from airl_fast.demo_report import print_results, write_results
 
     settings = settings or DemoSettings()
-    if output_dir.exists() and any(output_dir.iterdir()):
-        raise ValueError(f"{output_dir} is not empty: choose another --output-dir or delete it")
-    output_dir.mkdir(parents=True, exist_ok=True)
+    demo_jobs.open_folder(output_dir, asdict(settings))
     started = time.perf_counter()
     workers = min(2, cpu_count() or 1)
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_quiet)
-    try:
-        with RunsProgress() as bars:
-            start, sampled, methods, uses = _run_jobs(pool, bars, output_dir, settings)
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with demo_jobs.pool(workers) as pool, RunsProgress() as bars:
+        start, sampled, methods, uses = _run_jobs(pool, bars, output_dir, settings)
     rerank, locate, chance, traces = uses
     results = Results(
         settings={**asdict(settings), "workers": workers},
@@ -123,7 +121,8 @@ def _run_jobs(
         jobs[name] = bars.wait(f"{name}, measured", pool.submit(_measure, settings, model))
     jobs["AIRL"].result()
     for part in ("policy", "reward"):
-        shutil.copytree(output_dir / "airl" / part, output_dir / part)
+        with whole_folder(output_dir / part) as made:
+            shutil.copytree(output_dir / "airl" / part, made, dirs_exist_ok=True)
     job = pool.submit(_use_reward, settings, start, str(output_dir))
     uses = bars.wait("reranking and locating", job)
     order = ("base", "SFT", _SAMPLED, *_METHODS)
@@ -163,7 +162,7 @@ def _sft_config(output_dir: Path, settings: DemoSettings, rate: float, steps: in
         f"algorithm.sft_learning_rate={rate}",
         f"run.steps={steps}",
         f"run.checkpoint_every={max(1, steps // settings.sft_checkpoints)}",
-        f"run.keep_checkpoints={settings.sft_checkpoints + 1}",
+        "run.keep_checkpoints=1000",  # all: a demo that was stopped has more than its candidates
     )
 
 
@@ -172,25 +171,17 @@ def _method_config(output_dir: Path, settings: DemoSettings, name: str, start: s
     return _config(output_dir / folder, settings, f"policy.model={start}", *variant)
 
 
-def _quiet() -> None:
-    import torch
-    from transformers.utils import logging
-
-    torch.set_num_threads(1)
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-
-
 def _sft(config: RunConfig) -> dict[str, tuple[float, float]]:
     """Train one arm; accuracy of each checkpoint on validation, sampled and greedy."""
     from airl_fast.checkpoint import load_checkpoint
     from airl_fast.learners import copy_parameters
-    from airl_fast.trainer import Trainer
 
-    trainer = Trainer(config)
-    trainer.train()
+    trainer = demo_jobs.train(config)
+    total, every = config.total_steps, config.run.checkpoint_every
     scores = {}
-    for path in sorted((trainer.folder.path / "checkpoints").iterdir()):
+    for step in [*range(every, total, every), total]:
+        demo_jobs.check()
+        path = trainer.folder.path / "checkpoints" / f"step-{step:06d}"
         copy_parameters(trainer.policy.trainable(), load_checkpoint(path)[0], "policy.")
         folder = trainer.folder.path / path.name
         trainer.policy.save(folder)
@@ -216,10 +207,7 @@ def _choose_sft(
 
 def _improve(settings: DemoSettings, config: RunConfig) -> Measured:
     """Train one method from the SFT, and measure it."""
-    from airl_fast.trainer import Trainer
-
-    trainer = Trainer(config)
-    trainer.train()
+    trainer = demo_jobs.train(config)
     return _measure(settings, str(trainer.folder.policy))
 
 
@@ -244,6 +232,7 @@ def _accuracy(
     policy: Any, config: RunConfig, split: str, samples: int, temperature: float
 ) -> list[float]:
     """Share of right answers to each problem of a split."""
+    demo_jobs.check()
     drawn = _draw(policy, config, split, samples, temperature)
     return drawn.correct.double().mean(1).tolist()
 

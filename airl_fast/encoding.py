@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any, Literal
 
+from airl_fast.parsing import shown, shown_names
 from airl_fast.spans import decode, span_offsets, span_rule
 from airl_fast.tasks.base import Example, Message, encode_completion, encode_prompt
 
@@ -197,7 +198,7 @@ def _message(turn: Any) -> Message:
     role, content = turn.get("role"), turn.get("content")
     if not isinstance(role, str) or not isinstance(content, str):
         raise ValueError(
-            f"expected a message as {{'role': text, 'content': text}}, received {dict(turn)!r}"
+            f"expected a message as {{'role': text, 'content': text}}, received {shown(dict(turn))}"
         )
     return Message(role=role, content=content)
 
@@ -205,7 +206,7 @@ def _message(turn: Any) -> Message:
 def _only_message(turns: Any) -> str:
     messages = [_message(turn) for turn in turns]
     if len(messages) != 1 or messages[0].role != "assistant":
-        roles = ", ".join(message.role for message in messages)
+        roles = shown_names(message.role for message in messages)
         raise ValueError(
             f"expected a completion of one assistant message, received the roles {roles}: put "
             "earlier turns into the prompt"
@@ -227,7 +228,8 @@ def _given_steps(
     for i, (before, end) in enumerate(pairwise([0, *ends])):
         if end <= before:
             raise ValueError(
-                f"step {i} ({steps[i]!r}) has no token of its own: the tokenizer writes its end "
+                f"step {i} ({shown(steps[i])}) has no token of its own: the tokenizer writes its "
+                "end "
                 "together with a neighbour's; join it with the step before or after it"
             )
     return tuple(end - before for before, end in pairwise([0, *ends]))

@@ -15,17 +15,17 @@ from torch import Tensor
 
 from airl_fast.batches import Replay
 from airl_fast.config import RunConfig
-from airl_fast.loading import LanguageModel
+from airl_fast.loading import Head, LanguageModel
 from airl_fast.models import Discriminator
 from airl_fast.ops.discriminator_loss import discriminator_loss
-from airl_fast.ops.linear_policy_loss import linear_policy_loss
+from airl_fast.ops.linear_policy_loss import PolicyLossStats, linear_policy_loss
 from airl_fast.ops.segments import segment_mean, segment_sum
 from airl_fast.optimisation import Optimiser
 from airl_fast.packing import PackedBatch, Source, Trace
 from airl_fast.passes import micro_batches
 
 Metrics = dict[str, float]
-_FORMS: dict[str, Literal["airl", "logit", "wgan"]] = {
+FORMS: dict[str, Literal["airl", "logit", "wgan"]] = {
     "f-logp": "airl",
     "f": "logit",
     "wgan": "wgan",
@@ -76,10 +76,11 @@ class DiscriminatorLearner:
         throttled = self.accuracy > self.config.accuracy_throttle
         with torch.set_grad_enabled(not throttled):
             metrics = self._loss(traces, logp)
-        self.accuracy += 0.1 * (metrics["disc/accuracy"] - self.accuracy)
         metrics["disc/throttled"] = float(throttled)
         if not throttled:
             metrics["disc/grad_norm"] = self.optimiser.step()
+        # Last, so that an update that is refused leaves the throttle as it was.
+        self.accuracy += 0.1 * (metrics["disc/accuracy"] - self.accuracy)
         return metrics
 
     def _loss(self, traces: Sequence[Trace], action_logp: Sequence[Tensor]) -> Metrics:
@@ -88,7 +89,7 @@ class DiscriminatorLearner:
         for trace in traces:
             spans[trace.source == Source.EXPERT] += len(trace.span_lengths)
         whole = 1.0 if self.config.logit == "wgan" else 0.5
-        total, floored = 0.0, 0.0
+        total, floored, magnitude = 0.0, 0.0, 0.0
         right, energy = {True: 0.0, False: 0.0}, {True: 0.0, False: 0.0}
         for indices, batch in micro_batches(traces, self.token_budget, self.policy.device):
             logp = torch.cat([action_logp[i] for i in indices])
@@ -108,12 +109,14 @@ class DiscriminatorLearner:
                     f[mine],
                     logp[mine],
                     is_expert[mine],
-                    form=_FORMS[self.config.logit],
+                    form=FORMS[self.config.logit],
                     label_smoothing=self.config.label_smoothing,
                 )
                 losses.append(whole * share * loss)
                 right[label] += share * float(stats.accuracy)
-                energy[label] += float(f.detach()[mine].sum()) / spans[label]
+                of_f, of_logits = self._sums(f.detach()[mine], logp[mine])
+                energy[label] += of_f / spans[label]
+                magnitude += 0.5 * of_logits / spans[label]
             loss = torch.stack(losses).sum()
             if loss.requires_grad:
                 loss.backward()
@@ -126,9 +129,15 @@ class DiscriminatorLearner:
             "disc/accuracy_policy": right[False],
             "disc/f_expert": energy[True],
             "disc/f_policy": energy[False],
+            "disc/logit": magnitude,
             "disc/logp_floored": floored,
             **{f"disc/{k[5:]}": p.item() for k, p in head.items() if p.numel() == 1},
         }
+
+    def _sums(self, f: Tensor, logp: Tensor) -> list[float]:
+        """The sums of f and of |logit| over spans, by one read from the device."""
+        logits = f - logp if self.config.logit == "f-logp" else f
+        return torch.stack([f.sum(), logits.abs().sum()]).tolist()
 
     @torch.no_grad()
     def _policy_hidden(self, batch: PackedBatch) -> Tensor | None:
@@ -187,25 +196,12 @@ class PolicyLearner:
         actions = sum(len(trace.completion) for trace in traces)
         keys = ("loss", "entropy", "logp", "clip_fraction", "kl_old", "kl_ref")
         metrics = {f"policy/{key}": 0.0 for key in keys}
+        given = (advantages, old_logp, ref_logp)
         for indices, batch in micro_batches(traces, self.token_budget, self.policy.device):
-            hidden, head = self.policy.hidden(batch), self.policy.head
-            loss, stats = linear_policy_loss(
-                hidden[batch.state_index],
-                head.weight,
-                batch.targets,
-                torch.cat([advantages[i] for i in indices]),
-                cu_seqs=batch.cu_actions,
-                old_logp=None if old_logp is None else torch.cat([old_logp[i] for i in indices]),
-                ref_logp=None if ref_logp is None else torch.cat([ref_logp[i] for i in indices]),
-                temperature=self.temperature,
-                clip_low=self.config.clip_low,
-                clip_high=self.config.clip_high,
-                delta=self.config.delta,
-                beta=self.config.kl_beta if ref_logp is not None else 0.0,
-                entropy_coef=self.entropy_coef,
-                aggregation="constant",
-                normaliser=float(actions),
-                **head.arguments(),
+            hidden = self.policy.hidden(batch)[batch.state_index]
+            constants = [None if x is None else torch.cat([x[i] for i in indices]) for x in given]
+            loss, stats = self.loss(
+                hidden, self.policy.head, batch.targets, batch.cu_actions, constants, actions
             )
             loss.backward()
             share = batch.num_actions / actions
@@ -217,6 +213,46 @@ class PolicyLearner:
             metrics["policy/kl_ref"] += share * float(stats.kl_ref)
         metrics["policy/grad_norm"] = self.optimiser.step()
         return metrics
+
+    def loss(
+        self,
+        hidden: Tensor,
+        head: Head,
+        targets: Tensor,
+        cu_seqs: Tensor,
+        constants: Sequence[Tensor | None],
+        actions: int,
+    ) -> tuple[Tensor, PolicyLossStats]:
+        """The share of some rows in the loss: ``linear_policy_loss`` as this learner calls it.
+
+        Args:
+            hidden: [N, D] where the actions are predicted.
+            head: the policy's.
+            targets: [N] the actions.
+            cu_seqs: [B + 1] offsets of the sequences.
+            constants: advantages [N], old and reference log-probs ([N] or None).
+            actions: of the whole batch, which the loss is a mean over.
+        """
+        advantages, old_logp, ref_logp = constants
+        assert advantages is not None
+        return linear_policy_loss(
+            hidden,
+            head.weight,
+            targets,
+            advantages,
+            cu_seqs=cu_seqs,
+            old_logp=old_logp,
+            ref_logp=ref_logp,
+            temperature=self.temperature,
+            clip_low=self.config.clip_low,
+            clip_high=self.config.clip_high,
+            delta=self.config.delta,
+            beta=self.config.kl_beta if ref_logp is not None else 0.0,
+            entropy_coef=self.entropy_coef,
+            aggregation="constant",
+            normaliser=float(actions),
+            **head.arguments(),
+        )
 
 
 def copy_parameters(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -24,11 +25,14 @@ from airl_fast.attention import (
     standard_attention,
 )
 from airl_fast.loading_checks import check_folder, check_options, known_device, whole_weights
+from airl_fast.model_files import check_adapter, check_model_folder, check_remote_code, no_pickle
 from airl_fast.ops.linear_logprob import linear_logprob
 from airl_fast.packing import PackedBatch
+from airl_fast.parsing import parse_object, shown
 
 METADATA = "airl_fast.json"
 _BUILT_IN = {"arithmetic-base": "tasks/assets/arithmetic-base"}
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +42,9 @@ class Origin:
     model: str
     gguf_file: str | None = None
     trust_remote_code: bool = False
+
+
+_ORIGIN = TypeAdapter(Origin)
 
 
 @dataclass(frozen=True)
@@ -249,7 +256,7 @@ def load_language_model(
 
     Raises:
         ValueError: the model mixes tokens in a way that packing does not keep apart, or has a
-            head that the operators do not know.
+            head that the operators do not know; or its weights are pickles.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -257,6 +264,7 @@ def load_language_model(
     check_options(dtype, lora_rank)
     path = resolve(origin.model)
     check_folder(path, origin.gguf_file)
+    check_model_folder(Path(path), origin.gguf_file)
     where = {
         "trust_remote_code": origin.trust_remote_code,
         "gguf_file": origin.gguf_file,
@@ -265,7 +273,7 @@ def load_language_model(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     options = {} if origin.gguf_file else {"use_safetensors": True}
-    with whole_weights(path):
+    with no_pickle(), whole_weights(path):
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **where, **options)
     if origin.gguf_file:
         _forget_quantisation(model)
@@ -291,21 +299,58 @@ def add_adapter(body: LanguageModel, adapter: str, rank: int, alpha: int) -> Lan
 
 
 def load_saved(
-    directory: Path, description: dict[str, Any], *, device: str | torch.device = "cpu"
+    directory: Path,
+    description: dict[str, Any],
+    *,
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
 ) -> LanguageModel:
-    """Load what ``LanguageModel.save`` wrote, with the same bits."""
-    adapter, dtype = description["adapter"], getattr(torch, description["dtype"])
+    """Load what ``LanguageModel.save`` wrote, with the same bits.
+
+    Raises:
+        ValueError: the description is none; or it asks for code of a repository, which neither
+            ``trust_remote_code`` nor AIRL_FAST_TRUST_REMOTE_CODE=1 allows.
+    """
+    adapter, dtype = description.get("adapter"), saved_dtype(directory, description)
     if adapter is None:
         return load_language_model(Origin(model=str(directory)), dtype=dtype, device=device)
     from peft import PeftModel
 
-    origin = Origin(**description["origin"])
+    origin = _origin(directory, description)
+    check_remote_code(trust_remote_code, origin.trust_remote_code, directory)
+    check_adapter(directory)
     base = load_language_model(origin, dtype=dtype, device=device)
-    with whole_weights(directory):
+    with no_pickle(), whole_weights(directory):
         model = PeftModel.from_pretrained(
             base.causal_lm, directory, adapter_name=adapter, is_trainable=True
         ).eval()
     return LanguageModel(model, base.tokenizer, origin, adapter)
+
+
+def saved_dtype(directory: Path, description: dict[str, Any]) -> torch.dtype:
+    """The dtype that a description names.
+
+    Raises:
+        ValueError: it names none that weights are saved in.
+    """
+    name = description.get("dtype")
+    if name not in _DTYPES:
+        raise ValueError(
+            f"{directory / METADATA}: expected a dtype of {', '.join(_DTYPES)}, received "
+            f"{shown(name)}; restore it from a copy"
+        )
+    found: torch.dtype = getattr(torch, name)
+    return found
+
+
+def _origin(directory: Path, description: dict[str, Any]) -> Origin:
+    try:
+        return _ORIGIN.validate_json(json.dumps(description.get("origin")), strict=True)
+    except ValidationError as error:
+        raise ValueError(
+            f"{directory / METADATA}: 'origin' does not say where the base model is "
+            f"({error.errors(include_url=False)[0]['msg']}); restore it from a copy"
+        ) from None
 
 
 def read_metadata(directory: Path, kind: str) -> dict[str, Any]:
@@ -317,17 +362,11 @@ def read_metadata(directory: Path, kind: str) -> dict[str, Any]:
             "folder that training wrote (DIR/policy or DIR/reward)"
         )
     try:
-        metadata = json.loads(path.read_text("utf-8"))
-        found = metadata.get("kind")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is no description of saved weights ({error}): copy or train it again"
-        ) from None
-    if found != kind:
-        raise ValueError(
-            f"{directory} holds a {found!r}, expected a {kind!r}: a run has one in DIR/policy, the "
-            "other in DIR/reward"
-        )
+        metadata = parse_object(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; train again, or restore it from a copy") from None
+    if metadata.get("kind") != kind:
+        raise ValueError(f"{directory} holds a {shown(metadata.get('kind'))}, expected a {kind!r}")
     return metadata
 
 

@@ -26,6 +26,7 @@ from airl_fast.loading import (
     load_language_model,
     load_saved,
     read_metadata,
+    saved_dtype,
     write_metadata,
 )
 from airl_fast.loading_checks import known_device, whole_weights
@@ -72,9 +73,9 @@ class Policy(LanguageModel):
         saved = None
         if (Path(name) / METADATA).is_file():
             saved = read_metadata(Path(name), "policy")
-            dtype = getattr(torch, saved["dtype"])
-        if saved and (saved["adapter"] or not lora_rank):
-            body = load_saved(Path(name), saved, device=device)
+            dtype = saved_dtype(Path(name), saved)
+        if saved and (saved.get("adapter") or not lora_rank):
+            body = load_saved(Path(name), saved, device=device, trust_remote_code=trust_remote_code)
             rank = body.model.peft_config[body.adapter].r if body.adapter else 0
             if lora_rank and rank != lora_rank:
                 raise ValueError(

@@ -11,6 +11,18 @@ from airl_fast.checkpoint import flatten_optimizer, restore_optimizer
 from airl_fast.ops._deferred import raise_failed
 
 
+class NonFiniteGradientError(FloatingPointError):
+    """A gradient that is not finite, and the first parameter that has it.
+
+    Attributes:
+        parameter: its name; None where every gradient is finite and only their norm overflows.
+    """
+
+    def __init__(self, message: str, parameter: str | None) -> None:
+        super().__init__(message)
+        self.parameter = parameter
+
+
 class Optimiser:
     """AdamW over named parameters; the rate is a function of the number of updates made.
 
@@ -41,6 +53,7 @@ class Optimiser:
         updates: int | None = None,
         final_fraction: float = 1.0,
     ) -> None:
+        self.names = [*parameters, *(head or {})]
         self.parameters = [*parameters.values(), *(head or {}).values()]
         self.clip_norm = clip_norm
         self.warmup = warmup
@@ -70,16 +83,18 @@ class Optimiser:
         """Clip, update, clear the gradients; return the gradient's norm before clipping.
 
         Raises:
-            FloatingPointError: the gradient is not finite; the weights are left as they were.
+            NonFiniteGradientError: naming the first parameter whose gradient is not finite; the
+                weights are left as they were.
         """
-        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.clip_norm))
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        total = nn.utils.get_total_norm(gradients)
+        norm = float(total)
         raise_failed()  # reading the norm has waited for the GPU: what it found wrong is known
         if not math.isfinite(norm):
+            error = self._non_finite(norm)
             self.adamw.zero_grad(set_to_none=True)
-            raise FloatingPointError(
-                f"the gradient's norm is {norm} at update {self.updates}: expected a finite "
-                "number; lower the learning rate, or look for non-finite rewards in the metrics"
-            )
+            raise error
+        nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, total)
         factor = self.rate_factor()
         for group, rate in zip(self.adamw.param_groups, self.rates, strict=False):
             group["lr"] = rate * factor
@@ -87,6 +102,17 @@ class Optimiser:
         self.adamw.zero_grad(set_to_none=True)
         self.updates += 1
         return norm
+
+    def _non_finite(self, norm: float) -> NonFiniteGradientError:
+        pairs = zip(self.names, self.parameters, strict=True)
+        bad = (n for n, p in pairs if p.grad is not None and not bool(p.grad.isfinite().all()))
+        parameter = next(bad, None)
+        first = f"first in {parameter}" if parameter else "though every gradient is finite"
+        return NonFiniteGradientError(
+            f"the gradient's norm is {norm} at update {self.updates}: expected a finite number "
+            f"({first}); lower the learning rate, or look for extreme rewards in the metrics",
+            parameter,
+        )
 
     def state(self, prefix: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything that a checkpoint needs: tensors, and JSON-able values."""

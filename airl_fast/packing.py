@@ -8,6 +8,7 @@ are laid out otherwise, and ``state_index`` and ``action_index`` say where each 
 """
 
 import heapq
+from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from enum import IntEnum
@@ -273,9 +274,8 @@ def pack(
 def plan_micro_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Cut sequences into micro-batches of at most ``budget`` tokens by best-fit decreasing.
 
-    The longest go first, each into the fullest micro-batch that still has room. Free room is a
-    whole number of tokens, so the micro-batches are kept by room, with a bit set of the rooms
-    that occur: one shift finds the best fit.
+    The longest go first, each into the fullest micro-batch that still has room. Micro-batches are
+    kept by their free room, and the rooms that occur in order: a bisection finds the best fit.
 
     Args:
         lengths: tokens of each sequence.
@@ -302,22 +302,24 @@ def plan_micro_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
         )
     bins: list[list[int]] = []
     by_room: dict[int, list[int]] = {}  # free tokens -> micro-batches with exactly that many
-    rooms = 0  # bit r is set when by_room[r] is not empty
+    rooms: list[int] = []  # the keys of by_room, ascending
     order = np.argsort(-sizes, kind="stable")
     for index, length in zip(order.tolist(), sizes[order].tolist(), strict=True):
-        enough = rooms >> length
-        if enough:
-            room = length + (enough & -enough).bit_length() - 1
+        place = bisect_left(rooms, length)
+        if place < len(rooms):
+            room = rooms[place]
             chosen = by_room[room].pop()
             if not by_room[room]:
-                rooms ^= 1 << room
+                del by_room[room], rooms[place]
             bins[chosen].append(index)
         else:
             room, chosen = budget, len(bins)
             bins.append([index])
         left = room - length
-        by_room.setdefault(left, []).append(chosen)
-        rooms |= 1 << left
+        if left not in by_room:
+            by_room[left] = []
+            insort(rooms, left)
+        by_room[left].append(chosen)
     return [sorted(members) for members in bins]
 
 
@@ -373,35 +375,44 @@ def _balance(
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Spread units over a multiple of ``ranks`` micro-batches, the longest to the emptiest.
 
-    Units are cut in two while there are too few of them, or some rank would wait for another.
+    Units are cut in two while there are too few of them, or some rank would wait for another: the
+    largest one or, where there are many, a sixteenth of them at a time.
     Returns the units per micro-batch, and the units.
     """
     num_traces = sum(map(len, units))
     count = min(-(-fewest // ranks) * ranks, num_traces)
+    sizes = [tokens(unit) for unit in units]
     while True:
         while len(units) < count:
-            units = _halve_largest(units, tokens)
+            units, sizes = _halve_largest(units, sizes, tokens, count - len(units))
         plan: list[list[int]] = [[] for _ in range(count)]
         loads = [(0, i) for i in range(count)]  # a heap
-        sizes = [tokens(unit) for unit in units]
         for unit in sorted(range(len(units)), key=lambda u: -sizes[u]):
             load, emptiest = loads[0]
             plan[emptiest].append(unit)
             heapq.heapreplace(loads, (load + sizes[unit], emptiest))
         fullest_first = sorted(loads, reverse=True)
-        if fullest_first[0][0] > budget:
+        fullest = fullest_first[0][0]
+        if fullest > budget:
             count = min(count + ranks, num_traces)
-        elif fullest_first[0][0] > _IMBALANCE * sum(sizes) / count and len(units) < num_traces:
-            units = _halve_largest(units, tokens)
+        elif fullest > _IMBALANCE * sum(sizes) / count and len(units) < num_traces:
+            units, sizes = _halve_largest(units, sizes, tokens, num_traces - len(units))
         else:
             return [plan[i] for _, i in fullest_first], units
 
 
-def _halve_largest(units: list[list[int]], tokens: Callable[[list[int]], int]) -> list[list[int]]:
-    """Cut the unit of most tokens, among those of several traces, in two."""
-    largest = max((unit for unit in units if len(unit) > 1), key=tokens)
-    rest = [unit for unit in units if unit is not largest]
-    return [*rest, largest[::2], largest[1::2]]
+def _halve_largest(
+    units: list[list[int]], sizes: list[int], tokens: Callable[[list[int]], int], most: int
+) -> tuple[list[list[int]], list[int]]:
+    """Cut the units of most tokens, among those of several traces, in two; and their sizes."""
+    several = (u for u, unit in enumerate(units) if len(unit) > 1)
+    largest = heapq.nlargest(min(most, max(1, len(units) // 16)), several, key=sizes.__getitem__)
+    rest = sorted(set(range(len(units))).difference(largest))
+    halves = [half for u in largest for half in (units[u][::2], units[u][1::2])]
+    return (
+        [*(units[u] for u in rest), *halves],
+        [*(sizes[u] for u in rest), *map(tokens, halves)],
+    )
 
 
 def _check_traces(traces: Sequence[Trace]) -> None:

@@ -6,13 +6,13 @@ Rows are read as a stream; a malformed one raises and is named. What a format's 
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from airl_fast.parsing import parse_json, shown, shown_names
 from airl_fast.tasks.rows import Row, iter_rows
 
 Format = Literal["jsonl", "processbench", "prm800k"]
@@ -115,9 +115,9 @@ class Reading:
 
 def _array(path: Path) -> Iterator[Row]:
     try:
-        values = json.loads(path.read_text("utf-8"))
+        values = parse_json(path.read_text("utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); expected an array of objects") from None
+        raise ValueError(f"{path}: {error}; expected an array of objects") from None
     if not isinstance(values, list) or not values:
         raise ValueError(f"{path}: expected a JSON array of one object or more")
     for i, value in enumerate(values):
@@ -131,8 +131,9 @@ def _processbench(row: Row) -> Steps:
     label = _label(row, len(steps), _PROCESSBENCH)
     if not isinstance(row.values.get("final_answer_correct"), bool):
         raise ValueError(
-            f"{row.where}: 'final_answer_correct' is {row.values.get('final_answer_correct')!r}, "
-            f"expected true or false; {_PROCESSBENCH}"
+            f"{row.where}: 'final_answer_correct' is "
+            f"{shown(row.values.get('final_answer_correct'))}, expected true or false; "
+            f"{_PROCESSBENCH}"
         )
     return Steps(
         prompt=row.text("problem", _PROCESSBENCH),
@@ -157,11 +158,11 @@ def _prm800k(row: Row) -> Steps | str:
     reason, listed = label.get("finish_reason"), label.get("steps")
     if reason not in ("solution", "found_error", "give_up", "bad_problem"):
         raise ValueError(
-            f"{row.where}: 'finish_reason' is {reason!r}, expected solution, found_error, give_up "
-            f"or bad_problem; {_PRM800K}"
+            f"{row.where}: 'finish_reason' is {shown(reason)}, expected solution, found_error, "
+            f"give_up or bad_problem; {_PRM800K}"
         )
     if not isinstance(listed, list):
-        raise ValueError(f"{row.where}: 'steps' is {listed!r}, expected a list; {_PRM800K}")
+        raise ValueError(f"{row.where}: 'steps' is {shown(listed)}, expected a list; {_PRM800K}")
     if reason in ("give_up", "bad_problem"):
         return f"that ended in {reason}"
     texts = []
@@ -184,7 +185,7 @@ def _prm800k(row: Row) -> Steps | str:
 def _chosen(step: Any, where: str) -> tuple[str | None, int | None]:
     """Return the text of the step that was gone on from, and its rating (a human's own: 1)."""
     if not isinstance(step, dict):
-        raise ValueError(f"{where}: {step!r}, expected an object; {_PRM800K}")
+        raise ValueError(f"{where}: {shown(step)}, expected an object; {_PRM800K}")
     human, chosen = step.get("human_completion"), step.get("chosen_completion")
     completions = step.get("completions") or []
     if not isinstance(completions, list) or not all(isinstance(c, dict) for c in completions):
@@ -200,7 +201,9 @@ def _chosen(step: Any, where: str) -> tuple[str | None, int | None]:
             return None, None
         found = wrong[0]
     elif isinstance(chosen, bool) or not isinstance(chosen, int):
-        raise ValueError(f"{where}: 'chosen_completion' is {chosen!r}, expected a number or null")
+        raise ValueError(
+            f"{where}: 'chosen_completion' is {shown(chosen)}, expected a number or null"
+        )
     elif not 0 <= chosen < len(completions):
         raise ValueError(
             f"{where}: 'chosen_completion' is {chosen} among {len(completions)} completions; "
@@ -210,7 +213,9 @@ def _chosen(step: Any, where: str) -> tuple[str | None, int | None]:
         found = completions[chosen]
     rating = found.get("rating")
     if isinstance(rating, bool) or rating not in (-1, 0, 1, None):
-        raise ValueError(f"{where}: 'rating' is {rating!r}, expected -1, 0, 1 or null; {_PRM800K}")
+        raise ValueError(
+            f"{where}: 'rating' is {shown(rating)}, expected -1, 0, 1 or null; {_PRM800K}"
+        )
     return Row(values=found, where=where).text("text", _PRM800K), rating
 
 
@@ -219,10 +224,7 @@ def _plain(row: Row) -> Candidates | Steps:
     if "steps" in values and "completions" in values:
         raise ValueError(f"{row.where}: both 'steps' and 'completions'; keep one. {_JSONL}")
     if "prompt" not in values:
-        raise ValueError(
-            f"{row.where}: no column 'prompt' among {', '.join(map(repr, values)) or 'nothing'}; "
-            f"{_JSONL}"
-        )
+        raise ValueError(f"{row.where}: no column 'prompt' among {shown_names(values)}; {_JSONL}")
     name = values.get("id", "")
     if "steps" in values:
         steps = _texts(row, "steps", _JSONL)
@@ -236,17 +238,19 @@ def _plain(row: Row) -> Candidates | Steps:
     completions = values.get("completions")
     if not isinstance(completions, list) or not completions:
         raise ValueError(
-            f"{row.where}: 'completions' is {completions!r}, expected a list of one or more; "
+            f"{row.where}: 'completions' is {shown(completions)}, expected a list of one or more; "
             f"{_JSONL}"
         )
     correct = _column(row, "correct", len(completions))
     if not all(isinstance(flag, bool) for flag in correct):
         raise ValueError(
-            f"{row.where}: 'correct' is {correct!r}, expected true and false; {_JSONL}"
+            f"{row.where}: 'correct' is {shown(correct)}, expected true and false; {_JSONL}"
         )
     answers = _column(row, "answers", len(completions)) if "answers" in values else None
     if answers is not None and not all(a is None or isinstance(a, str) for a in answers):
-        raise ValueError(f"{row.where}: 'answers' is {answers!r}, expected texts or null; {_JSONL}")
+        raise ValueError(
+            f"{row.where}: 'answers' is {shown(answers)}, expected texts or null; {_JSONL}"
+        )
     return Candidates(
         prompt=values["prompt"],
         completions=tuple(completions),
@@ -261,7 +265,7 @@ def _column(row: Row, key: str, length: int) -> list[Any]:
     found = row.values.get(key)
     if not isinstance(found, list) or len(found) != length:
         raise ValueError(
-            f"{row.where}: {key!r} is {found!r}, expected a list of {length}, one for each "
+            f"{row.where}: {key!r} is {shown(found)}, expected a list of {length}, one for each "
             f"completion; {_JSONL}"
         )
     return found
@@ -275,7 +279,7 @@ def _texts(row: Row, key: str, remedy: str) -> tuple[str, ...]:
         or not all(isinstance(text, str) and text.strip() for text in found)
     ):
         raise ValueError(
-            f"{row.where}: {key!r} is {found!r}, expected a list of one text or more; {remedy}"
+            f"{row.where}: {key!r} is {shown(found)}, expected a list of one text or more; {remedy}"
         )
     return tuple(found)
 
@@ -284,7 +288,7 @@ def _label(row: Row, steps: int, remedy: str) -> int:
     label = row.values.get("label")
     if isinstance(label, bool) or not isinstance(label, int) or not -1 <= label < steps:
         raise ValueError(
-            f"{row.where}: 'label' is {label!r}, expected -1 or the 0-based index of one of the "
-            f"{steps} steps; {remedy}"
+            f"{row.where}: 'label' is {shown(label)}, expected -1 or the 0-based index of one of "
+            f"the {steps} steps; {remedy}"
         )
     return label

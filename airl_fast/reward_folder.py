@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import fields
 from pathlib import Path
 
+from pydantic import TypeAdapter, ValidationError
+
 from airl_fast.calibration import Calibration
 from airl_fast.loading import METADATA, read_metadata
+from airl_fast.parsing import shown
 from airl_fast.scores import Trained
 
 CALIBRATION = "calibration.json"
 _HEAD = "discriminator_head.safetensors"
+_TRAINED = TypeAdapter(Trained)
 
 
 def reward_folder(directory: Path) -> Path:
@@ -49,9 +54,13 @@ def read_trained(folder: Path) -> Trained:
     """Read what the reward in a folder was trained for.
 
     Raises:
-        ValueError: it does not say.
+        ValueError: it does not say, or says what cannot be.
     """
-    training = read_metadata(folder, "discriminator")["training"]
+    training = read_metadata(folder, "discriminator").get("training")
+    if not isinstance(training, dict):
+        raise ValueError(
+            f"{folder / METADATA}: 'training' is {shown(training)}, expected an object"
+        )
     names = [field.name for field in fields(Trained)]
     missing = [name for name in names if name not in training]
     if missing:
@@ -59,7 +68,16 @@ def read_trained(folder: Path) -> Trained:
             f"{folder / METADATA} does not say how the reward was trained: its 'training' lacks "
             f"{', '.join(missing)}; save with Discriminator.save(..., training={{...}})"
         )
-    return Trained(**{name: training[name] for name in names})
+    values = {name: training[name] for name in names}
+    try:
+        return _TRAINED.validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where, why = ".".join(map(str, first["loc"])), first["msg"]
+        raise ValueError(
+            f"{folder / METADATA}: training.{where}: {why}, received {shown(first['input'])}; "
+            "restore it from a copy"
+        ) from None
 
 
 def read_calibration(folder: Path) -> Calibration | None:

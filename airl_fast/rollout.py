@@ -108,13 +108,29 @@ def sample(
 
 
 def summarise(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Mean length, and how many were cut off or ended by a stop string."""
+    """Mean length, how many were cut off or ended by a stop string, how little they repeat."""
     count = len(rollouts)
+    distinct = distinct_ngrams([r.completion for r in rollouts])
     return {
         "rollout/length": sum(len(r.completion) for r in rollouts) / count,
         "rollout/truncated": sum(r.finish == "length" for r in rollouts) / count,
         "rollout/stopped": sum(r.finish == "stop" for r in rollouts) / count,
+        **({} if distinct is None else {"rollout/distinct": distinct}),
     }
+
+
+def distinct_ngrams(completions: Sequence[Sequence[int]], n: int = 4) -> float | None:
+    """Mean over completions of their different n-grams over all of them (distinct-n of Li et al.
+
+    2016, arXiv 1510.03055, within a text): 1 without repetition, near 0 in a loop. Completions
+    shorter than n have none; None if no other is there.
+    """
+    shares = []
+    for tokens in completions:
+        grams = list(zip(*(tokens[i:] for i in range(n)), strict=False))
+        if grams:
+            shares.append(len(set(grams)) / len(grams))
+    return sum(shares) / len(shares) if shares else None
 
 
 def largest_mismatch(rollouts: Sequence[Rollout], logp: Sequence[Tensor]) -> float:

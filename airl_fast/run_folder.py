@@ -2,25 +2,37 @@
 
 - config.yaml: what was run
 - metrics.jsonl: one JSON object per step
-- checkpoints/: the last few, see checkpoint.py
+- checkpoints/: the last few and the best, see checkpoint.py
+- best.json: which one is the best, see best.py
 - policy/, reward/: the final weights
 """
 
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from airl_fast.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from airl_fast.best import BestSoFar
+from airl_fast.checkpoint import (
+    checkpoint_steps,
+    latest_checkpoint,
+    load_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+)
 from airl_fast.config import RunConfig, load_config, save_config
+from airl_fast.durable import explained, flush, make_folder, sweep, whole_folder, write_text
+from airl_fast.models import Discriminator, Policy
+from airl_fast.parsing import parse_object, shown
+from airl_fast.tasks import Task
 
 # What may differ between a run and its continuation: nothing that the weights depend on, but for
-# the order in which another number of threads adds up.
+# the order in which another number of threads adds up; and the guards, so that a run that one
+# stopped can go on past it.
 _FREE = {"output_dir", "resume", "checkpoint_every", "keep_checkpoints", "threads"}
 
 
@@ -29,19 +41,24 @@ class RunFolder:
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
+        warm = config.sft_steps + config.warmup_steps
         self.path = Path(config.run.output_dir)
         self.policy = self.path / "policy"
         self.reward = self.path / "reward"
         self._checkpoints = self.path / "checkpoints"
         self._metrics = self.path / "metrics.jsonl"
+        self.best = BestSoFar(self.path, after=0 if config.algorithm.name == "sft" else warm)
 
     def open(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Make the folder; return the last checkpoint where the run is to go on from one.
 
         Raises:
             ValueError: the folder holds a run that ``run.resume`` forbids to continue, or one of
-                another configuration (the keys are named), or none where one must be. More steps
-                are another configuration unless policy.final_lr_fraction=1.
+                another configuration (the keys are named), or none where one must be; or metrics
+                of finished steps are gone. More steps are another configuration unless
+                policy.final_lr_fraction=1.
+            WriteError: the folder cannot be written to.
+            CheckpointError: there are checkpoints and all of them are damaged.
         """
         resume = self.config.run.resume
         used = self._metrics.exists() or self._checkpoints.exists()
@@ -59,52 +76,93 @@ class RunFolder:
                 )
             if used and (self.path / "config.yaml").exists():
                 self._check_same(_jsonable(asdict(load_config(self.path / "config.yaml"))))
-            self.path.mkdir(parents=True, exist_ok=True)
-            save_config(self.config, self.path / "config.yaml")
-            self._metrics.write_text("")
+            self._write("")
+            self.best.restore([], ())
             return None
         tensors, state = load_checkpoint(latest)
-        self._check_same(state["config"])
+        saved, step = state.get("config"), state.get("step")
+        if not isinstance(saved, dict) or not isinstance(step, int):
+            raise ValueError(
+                f"{latest} has no configuration or no step: it is no checkpoint of a run; delete "
+                "it, or restore it from a copy"
+            )
+        self._check_same(saved)
         if state["step"] > self.config.total_steps:
             raise ValueError(
                 f"{self.path} holds {state['step']} finished steps, and run.steps="
                 f"{self.config.run.steps} asks for {self.config.total_steps} in all: raise "
                 "run.steps, or choose another run.output_dir"
             )
-        self._forget_after(state["step"])
-        save_config(self.config, self.path / "config.yaml")
+        kept = self._lines(state["step"])
+        self._write("".join(kept))
+        history = [json.loads(line) for line in kept]
+        self.best.restore(history, checkpoint_steps(self._checkpoints))
         return tensors, state
 
     def record(self, metrics: dict[str, Any]) -> None:
-        """Append one step's metrics."""
-        with self._metrics.open("a") as file:
-            file.write(json.dumps(metrics) + "\n")
+        """Append one step's metrics.
+
+        Raises:
+            WriteError: they cannot be written.
+        """
+        line = json.dumps(metrics) + "\n"
+        with explained(str(self._metrics)), self._metrics.open("a") as file:
+            file.write(line)
 
     def history(self) -> list[dict[str, Any]]:
-        """Every step's metrics so far."""
-        return [json.loads(line) for line in self._metrics.read_text().splitlines()]
+        """Every step's metrics so far.
+
+        Raises:
+            ValueError: a line that is not the metrics of a step, with its number.
+        """
+        lines = self._metrics.read_text("utf-8").splitlines()
+        return [_step_metrics(line, self._metrics, i) for i, line in enumerate(lines, start=1)]
 
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Write a checkpoint after ``step`` finished steps."""
-        with self._metrics.open("a") as file:
-            os.fsync(file.fileno())
-        full = {**state, "step": step, "config": asdict(self.config)}
-        keep = self.config.run.keep_checkpoints
-        save_checkpoint(self._checkpoints, step, tensors, _jsonable(full), keep=keep)
+        """Write a checkpoint after ``step`` finished steps; keep the last few and the best.
 
-    def _forget_after(self, step: int) -> None:
-        """Drop metrics of steps that are about to be run again.
-
-        What follows the last line of a finished step may be half-written: it is not read.
+        Raises:
+            WriteError, CheckpointError: something cannot be written; earlier checkpoints stay.
         """
-        kept = []
-        for line in self._metrics.read_text().splitlines(keepends=True):
-            if not line.endswith("\n") or json.loads(line)["step"] > step:
-                break
-            kept.append(line)
-        partial = self._metrics.with_suffix(".tmp")
-        partial.write_text("".join(kept))
-        os.replace(partial, self._metrics)
+        with explained(str(self._metrics)):
+            flush(self._metrics)
+        full = _jsonable({**state, "step": step, "config": asdict(self.config)})
+        folder, keep = self._checkpoints, self.config.run.keep_checkpoints
+        old = self.best.protected
+        save_checkpoint(folder, step, tensors, full, keep=keep, protect=old)
+        self.best.saved(step)
+        if self.best.protected != old:  # the one before is kept until best.json names the new one
+            prune_checkpoints(folder, step, keep=keep, protect=self.best.protected)
+
+    def _write(self, metrics: str) -> None:
+        """Write what is there before the first step of a process."""
+        with explained(str(self.path)):
+            make_folder(self.path)
+            for file in (self.path / "config.yaml", self._metrics, self.best.path):
+                sweep(file)
+            save_config(self.config, self.path / "config.yaml")
+            write_text(self._metrics, metrics)
+
+    def _lines(self, steps: int) -> list[str]:
+        """The metrics of the first ``steps`` steps; later ones are about to be run again.
+
+        What follows them may be half-written: it is not read.
+        """
+        text = self._metrics.read_text("utf-8", "replace") if self._metrics.exists() else ""
+        kept = text.splitlines(keepends=True)[:steps]
+        for step in range(1, steps + 1):
+            line = kept[step - 1] if step <= len(kept) else ""
+            try:
+                found = parse_object(line)["step"] == step and line.endswith("\n")
+            except (ValueError, LookupError):
+                found = False
+            if not found:
+                raise ValueError(
+                    f"{self._metrics}: line {step} is not the metrics of step {step}, and "
+                    f"{steps} steps are finished: restore the file from a copy, or delete "
+                    f"{self.path} to start again"
+                )
+        return kept
 
     def _check_same(self, saved: dict[str, Any]) -> None:
         now = _jsonable(asdict(self.config))
@@ -112,16 +170,54 @@ class RunFolder:
         constant = self.config.policy.final_lr_fraction == 1
         free = _FREE | {"steps"} if constant else _FREE
         changed = [
-            f"{section}.{key} ({saved[section].get(key)!r} -> {value!r})"
+            f"{section}.{key} ({shown(before.get(key))} -> {value!r})"
             for section, values in now.items()
+            for before in [saved[section] if isinstance(saved.get(section), dict) else {}]
             for key, value in values.items()
-            if not (section == "run" and key in free) and saved[section].get(key) != value
+            if section != "guards"
+            and not (section == "run" and key in free)
+            and before.get(key) != value
         ]
         if changed:
             raise ValueError(
                 f"{self.path} holds a run of another configuration; it differs in "
                 f"{', '.join(changed)}: choose another run.output_dir, or restore the values"
             )
+
+
+def write_models(
+    folder: Path, policy: Policy, discriminator: Discriminator | None, config: RunConfig, task: Task
+) -> None:
+    """Write ``folder``/policy and, where there is one, ``folder``/reward, each whole or not at all.
+
+    Raises:
+        WriteError: they cannot be written.
+    """
+    with explained(str(folder / "policy")), whole_folder(folder / "policy") as made:
+        policy.save(made)
+    if discriminator is None:
+        return
+    training = {
+        "granularity": config.algorithm.granularity,
+        "interval": config.algorithm.interval,
+        "boundary": task.step_boundary,
+        "reward": config.algorithm.reward,
+        "logit": config.discriminator.logit,
+        "temperature": config.sampling.temperature,
+        "task": task.name,
+    }
+    with explained(str(folder / "reward")), whole_folder(folder / "reward") as made:
+        discriminator.save(made, training=training)
+
+
+def _step_metrics(line: str, path: Path, number: int) -> dict[str, Any]:
+    try:
+        metrics = parse_object(line)
+    except ValueError as error:
+        raise ValueError(f"{path}, line {number}: {error}; restore the file from a copy") from None
+    if not isinstance(metrics.get("step"), int):
+        raise ValueError(f"{path}, line {number}: no number of a 'step'; it is no run's metrics")
+    return metrics
 
 
 def _jsonable(value: Any) -> Any:

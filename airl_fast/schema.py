@@ -8,6 +8,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from airl_fast.schema_guards import GuardsConfig
 from airl_fast.schema_models import (
     AlgorithmConfig,
     DiscriminatorConfig,
@@ -135,6 +136,7 @@ class RunConfig:
     discriminator: DiscriminatorConfig = Field(default_factory=DiscriminatorConfig)
     algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig)
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
+    guards: GuardsConfig = Field(default_factory=GuardsConfig)
     run: RunSection
 
     @property

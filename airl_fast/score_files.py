@@ -1,7 +1,8 @@
 """Score, rerank, locate and calibrate on files of JSON lines; but for the last, a line out a row.
 
 Every row is checked before the models are loaded, and encoded before the first is scored; what is
-wrong is named with its line. An output file is written whole or not at all.
+wrong is named with its line. The file is read once for each of these, and no more of it is held
+than what is scored at once. An output file is written whole or not at all.
 """
 
 from __future__ import annotations
@@ -16,15 +17,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from airl_fast.encoding import EncodedPair
+from airl_fast.parsing import shown, shown_names
 from airl_fast.ranking import AnswerReader, Method, check_method, rank
 from airl_fast.scores import By, Location, Scored, locate_step
-from airl_fast.tasks.rows import Row, read_rows
+from airl_fast.tasks.rows import Row, RowFile
 
 if TYPE_CHECKING:
     from airl_fast.calibration import Calibration
     from airl_fast.scorer import RewardScorer
 
 _CHUNK = 64  # completions scored between two lines of output and of progress
+Pairs = list[tuple[Any, Any]]  # prompt and completion
 Load = Callable[[], "RewardScorer"]
 
 
@@ -40,9 +43,8 @@ def score_file(load: Load, source: Path, target: Path | None, *, end_of_text: bo
     Raises:
         ValueError: a row that is malformed or cannot be scored, with its line.
     """
-    rows = _rows(source)
-    inputs = [[(_value(row, "prompt"), _value(row, "completion"))] for row in rows]
-    results = _scored(load, rows, inputs, end_of_text)
+    rows = _Rows(source, lambda row: [(_value(row, "prompt"), _value(row, "completion"))])
+    results = _scored(load, rows, end_of_text)
     _write(target, ({**_kept(row), **asdict(one[0])} for row, one in results), len(rows))
 
 
@@ -63,24 +65,26 @@ def rerank_file(
     Raises:
         ValueError: as ``score_file`` and ``RewardScorer.rerank``.
     """
-    rows = _rows(source)
     check_method(method, temperature)
-    inputs = [[(_value(row, "prompt"), one) for one in _completions(row)] for row in rows]
-    given = [_answers(row) for row in rows]
+    given: set[bool] = set()  # whether a row has no answers, of every row
+
+    def pairs(row: Row) -> Pairs:
+        given.add(_answers(row) is None)
+        return [(_value(row, "prompt"), one) for one in _completions(row)]
+
+    rows = _Rows(source, pairs)
 
     def loaded() -> RewardScorer:
         scorer = load()
         scorer.check_by(by)
-        if None in given:
+        if True in given:
             readers.append(scorer.answer_reader(method))
         return scorer
 
     readers: list[AnswerReader | None] = []
     lines = (
-        _ranked(row, found, answers, readers, by=by, method=method, temperature=temperature)
-        for (row, found), answers in zip(
-            _scored(loaded, rows, inputs, end_of_text), given, strict=True
-        )
+        _ranked(row, found, _answers(row), readers, by=by, method=method, temperature=temperature)
+        for row, found in _scored(loaded, rows, end_of_text)
     )
     _write(target, lines, len(rows))
 
@@ -118,17 +122,16 @@ def locate_file(load: Load, source: Path, target: Path | None, *, end_of_text: b
     Raises:
         ValueError: as ``score_file``.
     """
-    rows = _rows(source)
+    rows = _Rows(source, lambda row: [traced(row)])
     scorers: list[RewardScorer] = []
 
     def loaded() -> RewardScorer:
         scorers.append(load())
         return scorers[0]
 
-    inputs = [[traced(row)] for row in rows]
     lines = (
         _located(row, locate_step(one[0], scorers[0].calibration))
-        for row, one in _scored(loaded, rows, inputs, end_of_text)
+        for row, one in _scored(loaded, rows, end_of_text)
     )
     _write(target, lines, len(rows))
 
@@ -169,12 +172,16 @@ def calibrate_file(
     from airl_fast.reward_folder import CALIBRATION, reward_folder, weights_digest
 
     reward = reward_folder(folder)
-    rows = _rows(source)
-    labels = [_label(row) for row in rows]
-    inputs = [[traced(row)] for row in rows]
+
+    def pairs(row: Row) -> Pairs:
+        _label(row)
+        return [traced(row)]
+
+    rows = _Rows(source, pairs)
     traces = []
-    results = _scored(load, rows, inputs, end_of_text)
-    for (row, (one,)), label in zip(_followed(results, len(rows), shown=True), labels, strict=True):
+    results = _scored(load, rows, end_of_text)
+    for row, (one,) in _followed(results, len(rows), shown=True):
+        label = _label(row)
         if label >= len(one.steps):
             raise ValueError(
                 f"{row.where}: 'label' is {label}, expected -1 or one of the {len(one.steps)} "
@@ -196,7 +203,7 @@ def _label(row: Row) -> int:
     label = _value(row, "label")
     if not isinstance(label, int) or isinstance(label, bool) or label < -1:
         raise ValueError(
-            f"{row.where}: 'label' is {label!r}, expected the 0-based first wrong step, or -1"
+            f"{row.where}: 'label' is {shown(label)}, expected the 0-based first wrong step, or -1"
         )
     return label
 
@@ -205,7 +212,7 @@ def _completions(row: Row) -> list[Any]:
     completions = _value(row, "completions")
     if not isinstance(completions, list) or not completions:
         raise ValueError(
-            f"{row.where}: 'completions' is {completions!r}, expected a list of one or more"
+            f"{row.where}: 'completions' is {shown(completions)}, expected a list of one or more"
         )
     return completions
 
@@ -218,21 +225,36 @@ def _answers(row: Row) -> list[str | None] | None:
     texts = isinstance(answers, list) and all(a is None or isinstance(a, str) for a in answers)
     if not texts or len(answers) != size:
         raise ValueError(
-            f"{row.where}: 'answers' is {answers!r}, expected {size} texts (or null), one for each "
-            "completion"
+            f"{row.where}: 'answers' is {shown(answers)}, expected {size} texts (or null), one "
+            "for each completion"
         )
     return list(answers)
 
 
-def _rows(source: Path) -> list[Row]:
-    if not source.exists() or source.is_dir():
-        raise ValueError(f"{source}: no such file; give a file of JSON lines")
-    return read_rows(source)
+class _Rows:
+    """The rows of a file with their completions to score, all checked; read whenever iterated over.
+
+    Raises:
+        ValueError: no file, or a malformed row.
+    """
+
+    def __init__(self, source: Path, pairs: Callable[[Row], Pairs]) -> None:
+        if not source.exists() or source.is_dir():
+            raise ValueError(f"{source}: no such file; give a file of JSON lines")
+        self._file, self._pairs = RowFile(source), pairs
+        self._count = sum(1 for _ in self)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[tuple[Row, Pairs]]:
+        for row in self._file:
+            yield row, self._pairs(row)
 
 
 def _value(row: Row, key: str) -> Any:
     if key not in row.values:
-        found = ", ".join(map(repr, row.values)) or "nothing"
+        found = shown_names(row.values)
         raise ValueError(f"{row.where}: no column {key!r} among {found}; add it")
     return row.values[key]
 
@@ -243,7 +265,7 @@ def traced(row: Row) -> tuple[Any, Any]:
         return _value(row, "prompt"), _value(row, "completion")
     steps = _value(row, "steps")
     if not isinstance(steps, list) or not steps or not all(isinstance(s, str) for s in steps):
-        raise ValueError(f"{row.where}: 'steps' is {steps!r}, expected a list of texts")
+        raise ValueError(f"{row.where}: 'steps' is {shown(steps)}, expected a list of texts")
     return _value(row, "problem"), steps
 
 
@@ -252,30 +274,39 @@ def _kept(row: Row) -> dict[str, Any]:
     return {key: row.values[key] for key in ("id", "label") if key in row.values}
 
 
-def _scored(
-    load: Load,
-    rows: Sequence[Row],
-    inputs: Sequence[Sequence[tuple[Any, Any]]],
-    end_of_text: bool,
-) -> Iterator[tuple[Row, list[Scored]]]:
+def _scored(load: Load, rows: _Rows, end_of_text: bool) -> Iterator[tuple[Row, list[Scored]]]:
     """Yield every row with its completions scored."""
     scorer = load()
-    groups: list[list[EncodedPair]] = []
-    for row, pairs in zip(rows, inputs, strict=True):
+    for _ in _encoded(scorer, rows, end_of_text):
+        pass  # the last row is known to be sound before the first is scored
+    chunk: list[tuple[Row, list[EncodedPair]]] = []
+    size = 0
+    for row, pairs in _encoded(scorer, rows, end_of_text):
+        if chunk and size + len(pairs) > _CHUNK:
+            yield from _scored_chunk(scorer, chunk)
+            chunk, size = [], 0
+        chunk.append((row, pairs))
+        size += len(pairs)
+    yield from _scored_chunk(scorer, chunk)
+
+
+def _encoded(
+    scorer: RewardScorer, rows: _Rows, end_of_text: bool
+) -> Iterator[tuple[Row, list[EncodedPair]]]:
+    for row, pairs in rows:
         try:
-            groups.append([scorer.encode(*pair, end_of_text=end_of_text) for pair in pairs])
+            encoded = [scorer.encode(*pair, end_of_text=end_of_text) for pair in pairs]
         except ValueError as error:
             raise ValueError(f"{row.where}: {error}") from error
-    first = 0
-    while first < len(rows):
-        last, size = first + 1, len(groups[first])
-        while last < len(rows) and size + len(groups[last]) <= _CHUNK:
-            size += len(groups[last])
-            last += 1
-        found = iter(scorer.score_encoded([pair for group in groups[first:last] for pair in group]))
-        for i in range(first, last):
-            yield rows[i], [next(found) for _ in groups[i]]
-        first = last
+        yield row, encoded
+
+
+def _scored_chunk(
+    scorer: RewardScorer, chunk: Sequence[tuple[Row, list[EncodedPair]]]
+) -> Iterator[tuple[Row, list[Scored]]]:
+    found = iter(scorer.score_encoded([pair for _, pairs in chunk for pair in pairs]))
+    for row, pairs in chunk:
+        yield row, [next(found) for _ in pairs]
 
 
 def _write(target: Path | None, lines: Iterable[dict[str, Any]], total: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -34,6 +36,17 @@ class Trained:
     reward: str
     temperature: float
     task: str
+
+    def __post_init__(self) -> None:
+        if self.interval < 1 or not 0 < self.temperature < math.inf:
+            raise ValueError(
+                "expected an interval of 1 or more and a finite temperature above 0, received "
+                f"{self.interval} and {self.temperature}"
+            )
+        try:
+            re.compile(self.boundary)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(f"boundary is no regular expression ({error})") from None
 
 
 @dataclass(frozen=True, kw_only=True)

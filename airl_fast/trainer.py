@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from airl_fast.advantages import token_advantages
+from airl_fast.audit import Audit
 from airl_fast.batches import (
     Problem,
     Shuffled,
@@ -27,6 +29,7 @@ from airl_fast.batches import (
 from airl_fast.building import create_discriminator, load_policy
 from airl_fast.config import RunConfig, check_is_config
 from airl_fast.evaluation import auc
+from airl_fast.guards import Guards
 from airl_fast.learners import (
     DiscriminatorLearner,
     Metrics,
@@ -40,7 +43,7 @@ from airl_fast.optimisation import Optimiser
 from airl_fast.packing import Source, Trace
 from airl_fast.passes import action_logp, offsets, per_trace_sum, span_energies
 from airl_fast.rollout import Rollout, largest_mismatch, sample, summarise
-from airl_fast.run_folder import RunFolder
+from airl_fast.run_folder import RunFolder, write_models
 from airl_fast.spans import span_rule
 from airl_fast.tasks import Task, load_task
 from airl_fast.validation import outcome_rewards, sample_problems, traces_of
@@ -57,6 +60,8 @@ class Trainer:
         policy: instead of loading ``config.policy``; trained in place.
         discriminator: instead of making one from ``config.discriminator``; trained in place.
         on_step: called after every step with its metrics (a progress display).
+        should_stop: called once after every step; where it is true, the step is saved and the run
+            ends there, to go on another time (``stopping.StopSignals``).
 
     Attributes:
         policy, discriminator: the models; no discriminator for a baseline.
@@ -71,6 +76,7 @@ class Trainer:
         policy: Policy | None = None,
         discriminator: Discriminator | None = None,
         on_step: Callable[[dict[str, Any]], None] | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         check_is_config(config)
         if config.run.threads is not None:
@@ -83,37 +89,57 @@ class Trainer:
             self.discriminator = discriminator or create_discriminator(config, self.policy)
         self._starts_as_policy = discriminator is None and config.discriminator.model is None
         self.on_step = on_step
+        self.should_stop = should_stop
 
         self.sft_steps, self.total_steps = config.sft_steps, config.total_steps
         self.step = 0
         self._prepare_data()
         self._prepare_learners()
         self.folder = RunFolder(config)
+        lengths = [len(p.expert) for p in self.demonstrated.items if p.expert]
+        length = sum(lengths) / len(lengths) if lengths else None
+        models = self.policy, self.discriminator
+        self.guards = Guards(config, self.folder.path, *models, demonstrated_length=length)
+        self.audit = Audit(config)
 
     def train(self) -> list[dict[str, Any]]:
-        """Run to the end, from the last checkpoint if there is one; return every step's metrics."""
+        """Run to the end, from the last checkpoint if there is one; return every step's metrics.
+
+        Where ``should_stop`` ended it before, ``step`` is less than ``total_steps`` and no final
+        weights are written.
+
+        Raises:
+            ValueError: the folder holds another run, or one that may not go on.
+            WriteError, CheckpointError: the folder cannot be written to, or is damaged.
+        """
         self._resume()
         while self.step < self.total_steps:
             started = time.perf_counter()
             phase = self._phase(self.step)
-            if phase == SFT:
-                metrics = self._sft_step(self.step)
-            else:
-                metrics = self._adversarial_step(self.step, phase)
+            metrics = self.guards.step(self._make_step, self.step, phase)
             self.step += 1
             metrics["seconds"] = time.perf_counter() - started
             self._evaluate(metrics)
-            self._record({"step": self.step, "phase": phase, **metrics})
+            stopping = self.should_stop()
+            self._record({"step": self.step, "phase": phase, **metrics}, save=stopping)
+            if stopping and self.step < self.total_steps:
+                return self.folder.history()
         self.save()
         return self.folder.history()
+
+    def _make_step(self, step: int) -> Metrics:
+        phase = self._phase(step)
+        return self._sft_step(step) if phase == SFT else self._adversarial_step(step, phase)
 
     def _sft_step(self, step: int) -> Metrics:
         """Imitation: the policy-gradient loss with advantage one on the demonstrations."""
         size = self.config.algorithm.sft_batch
         problems = self.demonstrated.take(step * size, size)
         traces = [self.maker.expert(problem, i) for i, problem in enumerate(problems)]
+        self.guards.saw(traces)
         ones = [torch.ones(len(trace.completion), device=self.policy.device) for trace in traces]
-        metrics = self.sft_learner.update(traces, ones)
+        metrics = self.audit.policy(step, self.sft_learner, traces, ones)
+        metrics |= self.sft_learner.update(traces, ones)
         metrics["policy/loss"] = -metrics["policy/logp"]  # with advantage one the loss reads -1
         return metrics
 
@@ -131,7 +157,9 @@ class Trainer:
         metrics = summarise(rollouts)
         experts = self._experts(problems)
         everything = [*traces, *experts, *self._negatives(problems, traces, step)]
+        self.guards.saw(everything)
         logp = self._logp(everything)
+        self.guards.saw(everything, logp)
         metrics["sampler_mismatch"] = largest_mismatch(rollouts, logp[: len(rollouts)])
 
         if self.disc_learner is not None:
@@ -141,6 +169,10 @@ class Trainer:
             contrast, contrast_logp = [everything[i] for i in seen], [logp[i] for i in seen]
             for _ in range(self.config.discriminator.updates_per_step):
                 metrics |= self.disc_learner.update(contrast, contrast_logp)
+            self.disc_learner.replay.add([trace for trace in traces if trace.group < self.shown])
+        if self.discriminator is not None:
+            models = self.discriminator, self.policy
+            metrics |= self.audit.discriminator(step, *models, everything, logp)
         if phase == DISCRIMINATOR:
             return metrics
 
@@ -149,10 +181,13 @@ class Trainer:
         logp = logp[: len(traces)]
         rewards = self._rewards(problems, traces, logp, metrics)
         advantages = self._advantages(traces, rewards, metrics)
+        self.guards.advantages(advantages)
         old_logp = logp if algorithm.policy_updates > 1 else None
         ref_logp = self._reference_logp(traces)
+        given = traces, advantages, old_logp, ref_logp
+        metrics |= self.audit.policy(step, self.policy_learner, *given)
         for _ in range(algorithm.policy_updates):
-            metrics |= self.policy_learner.update(traces, advantages, old_logp, ref_logp)
+            metrics |= self.policy_learner.update(*given)
         return metrics
 
     # What a step is made of
@@ -198,7 +233,6 @@ class Trainer:
         seed = derive_seed(self.config.run.seed, "negatives", step)
         fresh = [trace for trace in traces if trace.group < self.shown]
         replayed = replay.draw(round(config.replay_fraction * len(fresh)), seed)
-        replay.add(fresh)
         perturbed = [
             self.maker.perturbed(problems[i % self.shown], i % self.shown, seed + i)
             for i in range(config.perturbed_per_update)
@@ -224,6 +258,7 @@ class Trainer:
                 how = self.config.discriminator.span_logp
                 reward = reward - combine_logp(torch.cat(list(logp)), spans, how)
         metrics["reward/mean"] = float(reward.mean())
+        self.guards.rewards(reward, metrics["reward/mean"])
         metrics["reward/std"] = float(reward.std(correction=0))
         return _clipped(reward, self.config.algorithm.reward_clip, "reward/clipped", metrics)
 
@@ -277,12 +312,13 @@ class Trainer:
         self.validation = encode(self.task.validation, tokenizer)
         if config.algorithm.name == "airl" and config.discriminator.perturbed_per_update:
             self.maker.check_perturbable(self.task.train)
-        check_lengths(
-            [*self.demonstrated.items, *self.unlabelled.items, *self.validation],
-            max_new_tokens=config.sampling.max_new_tokens,
-            token_budget=config.run.token_budget,
-            context=self.policy.context,
-        )
+        for problems in (self.demonstrated.items, self.unlabelled.items, self.validation):
+            check_lengths(
+                problems,
+                max_new_tokens=config.sampling.max_new_tokens,
+                token_budget=config.run.token_budget,
+                context=self.policy.context,
+            )
         self.shown = config.shown_prompts
 
     def _prepare_learners(self) -> None:
@@ -346,9 +382,10 @@ class Trainer:
                 score = per_trace_sum(energies).cpu()
                 metrics["valid/auc_f"] = auc(score.numpy(), right.numpy())
 
-    def _record(self, metrics: dict[str, Any]) -> None:
+    def _record(self, metrics: dict[str, Any], *, save: bool) -> None:
         self.folder.record(metrics)
-        if self.step % self.config.run.checkpoint_every == 0 or self.step == self.total_steps:
+        due = self.step % self.config.run.checkpoint_every == 0 or self.step == self.total_steps
+        if self.folder.best.improves(metrics) or due or save:
             self.save_checkpoint()
         if self.on_step is not None:
             self.on_step(metrics)
@@ -367,13 +404,16 @@ class Trainer:
         elif self.discriminator is not None:
             trainable = self.discriminator.trainable()
             tensors |= {f"disc.{k}": p.detach() for k, p in trainable.items()}
+        state["guards"] = self.guards.state()
         self.folder.save(self.step, tensors, state)
 
     def _resume(self) -> None:
         found = self.folder.open()
-        if found is None:
-            return
-        tensors, state = found
+        if found is not None:
+            self.restore(*found)
+
+    def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Set what ``save_checkpoint`` wrote."""
         copy_parameters(self.policy.trainable(), tensors, "policy.")
         self.sft_learner.optimiser.restore(tensors, state["sft"], "sft_adamw")
         self.policy_learner.optimiser.restore(tensors, state["policy"], "policy_adamw")
@@ -383,25 +423,20 @@ class Trainer:
             copy_parameters(self.discriminator.trainable(), tensors, "disc.")
         prefix = "reference."
         self.reference = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+        self.guards.restore(state.get("guards"))
         self.step = state["step"]
 
-    def save(self) -> None:
-        """Write the final weights: DIR/policy and, where there is one, DIR/reward."""
-        self.policy.save(self.folder.policy)
-        if self.discriminator is not None:
-            algorithm = self.config.algorithm
-            self.discriminator.save(
-                self.folder.reward,
-                training={
-                    "granularity": algorithm.granularity,
-                    "interval": algorithm.interval,
-                    "boundary": self.task.step_boundary,
-                    "reward": algorithm.reward,
-                    "logit": self.config.discriminator.logit,
-                    "temperature": self.config.sampling.temperature,
-                    "task": self.task.name,
-                },
-            )
+    def save(self, folder: Path | None = None) -> None:
+        """Write the weights, whole or not at all: DIR/policy and, where there is one, DIR/reward.
+
+        Args:
+            folder: DIR; by default the run's.
+
+        Raises:
+            WriteError: it cannot be written to.
+        """
+        models = (self.policy, self.discriminator)
+        write_models(folder or self.folder.path, *models, self.config, self.task)
 
 
 def _clipped(values: Tensor, limit: float | None, name: str, metrics: Metrics) -> Tensor:

@@ -50,13 +50,13 @@ def analyse(
     correct = np.array([one.correct for one in test], np.float64)
     answers = [list(one.answers) for one in test]
     scores = _read(folder / "base", test, _BASE)
-    measured = {name: [_measure(values, correct)] for name, values in scores.items()}
+    measured = {name: [measure(values, correct)] for name, values in scores.items()}
     lengths = np.array([[len(part) for part in one.completions] for one in test], np.float64)
-    measured["shortest answer"] = [_measure(-lengths, correct)]
+    measured["shortest answer"] = [measure(-lengths, correct)]
     for variant in variants:
         kind = variant.rsplit("-", 1)[0]
         for name, values in _read(folder / variant, test, _READ).items():
-            measured.setdefault(f"{kind}: {name}", []).append(_measure(values, correct))
+            measured.setdefault(f"{kind}: {name}", []).append(measure(values, correct))
             scores[f"{variant}: {name}"] = values
     metrics = {
         "facts": facts,
@@ -77,7 +77,7 @@ def by_model(score: Array) -> Array:
     return (score - score.mean(0)) / np.where(spread > 0, spread, 1.0)
 
 
-def _measure(score: Array, correct: Array) -> dict[str, Any]:
+def measure(score: Array, correct: Array) -> dict[str, Any]:
     """Everything about one score, as values with intervals."""
     questions, models = score.shape
     prompt = np.repeat(np.arange(questions), models)
@@ -218,28 +218,28 @@ def _page(metrics: dict[str, Any]) -> str:
 
 def _accuracy_table(metrics: dict[str, Any]) -> list[str]:
     accuracy = metrics["baselines"]["accuracy"]
-    return _table(["answer", "accuracy"], [[m, _cell([value])] for m, value in accuracy.items()])
+    return table(["answer", "accuracy"], [[m, cell([value])] for m, value in accuracy.items()])
 
 
 def _within_table(metrics: dict[str, Any]) -> list[str]:
     rows = [
         [
             name,
-            *(_cell([one["auc_within_model"][model] for one in found]) for model in MODELS),
-            _cell([one["auc_within_model_mean"] for one in found]),
+            *(cell([one["auc_within_model"][model] for one in found]) for model in MODELS),
+            cell([one["auc_within_model_mean"] for one in found]),
         ]
         for name, found in metrics["scores"].items()
     ]
-    return _table(["score", *MODELS, "mean"], rows)
+    return table(["score", *MODELS, "mean"], rows)
 
 
 def _picks_table(metrics: dict[str, Any]) -> list[str]:
-    base = {name: _cell([metrics["baselines"][name]]) for name in _PICKS}
+    base = {name: cell([metrics["baselines"][name]]) for name in _PICKS}
     return [
         "'By model': scores in standard deviations of their model, so that who wrote an answer "
         "tells nothing.",
         "",
-        *_table(
+        *table(
             ["pick", "accuracy", "by model", "picks the expert"],
             [
                 ["random", base["random"], "", ""],
@@ -254,20 +254,20 @@ def _picks_table(metrics: dict[str, Any]) -> list[str]:
 
 def _paired_table(metrics: dict[str, Any]) -> list[str]:
     rows = [
-        [name, *(f"{_cell([found[base]])}, p = {found[base]['p']:.3g}" for base in _BASE)]
+        [name, *(f"{cell([found[base]])}, p = {found[base]['p']:.3g}" for base in _BASE)]
         for name, found in metrics["f_less_log_pi"].items()
     ]
-    return _table(["score", *(f"less {name}" for name in _BASE)], rows)
+    return table(["score", *(f"less {name}" for name in _BASE)], rows)
 
 
 def _style_table(metrics: dict[str, Any]) -> list[str]:
     rows = [
         [
             name,
-            _cell([one["auc_expert"] for one in found]),
-            *(_cell([one["auc_expert_at_equal"][kind] for one in found]) for kind in _KINDS),
-            _cell([one["auc_within_question"] for one in found]),
-            _cell([one["auc_within_question_by_model"] for one in found]),
+            cell([one["auc_expert"] for one in found]),
+            *(cell([one["auc_expert_at_equal"][kind] for one in found]) for kind in _KINDS),
+            cell([one["auc_within_question"] for one in found]),
+            cell([one["auc_within_question_by_model"] for one in found]),
         ]
         for name, found in metrics["scores"].items()
     ]
@@ -275,7 +275,7 @@ def _style_table(metrics: dict[str, Any]) -> list[str]:
         "Who: the expert's answers against the others', among all, among right and among wrong "
         "ones. Right: right against wrong answers to one question, and the same by model.",
         "",
-        *_table(
+        *table(
             ["score", "who", "who, right ones", "who, wrong ones", "right", "right, by model"], rows
         ),
     ]
@@ -283,12 +283,13 @@ def _style_table(metrics: dict[str, Any]) -> list[str]:
 
 def _rows(metrics: dict[str, Any], *keys: str) -> list[list[str]]:
     return [
-        [name, *(_cell([one[key] for one in found]) for key in keys)]
+        [name, *(cell([one[key] for one in found]) for key in keys)]
         for name, found in metrics["scores"].items()
     ]
 
 
-def _cell(found: Sequence[dict[str, float | None]]) -> str:
+def cell(found: Sequence[dict[str, float | None]]) -> str:
+    """Values of several seeds as their mean, spread and mean interval."""
     if any(one["value"] is None for one in found):
         return "not defined"
     value, low, high = (
@@ -300,5 +301,6 @@ def _cell(found: Sequence[dict[str, float | None]]) -> str:
     return f"{value:.3f}{spread} [{low:.3f}, {high:.3f}]"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table."""
     return ["| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows)]

@@ -11,6 +11,7 @@ from airl_fast.config import (
     AlgorithmConfig,
     ConfigError,
     DiscriminatorConfig,
+    GuardsConfig,
     PolicyConfig,
     RunConfig,
     RunSection,
@@ -284,6 +285,7 @@ def test_description_lists_every_field():
             "discriminator": DiscriminatorConfig,
             "algorithm": AlgorithmConfig,
             "sampling": SamplingConfig,
+            "guards": GuardsConfig,
             "run": RunSection,
         }[section.name]
         for field in dataclasses.fields(cls):

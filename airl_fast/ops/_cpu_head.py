@@ -142,6 +142,11 @@ class CPUHead:
             0 if entropy is None else entropy.data_ptr(),
         )
 
+    def log_sums(self, rows: int) -> Tensor:
+        """Log-sum-exps ``[R]`` float64 of the rows that were read, all columns of them."""
+        largest, total = self._stats[:rows, :2].unbind(1)
+        return largest + total.log()
+
     def differentiate(
         self,
         targets: Tensor,
@@ -239,8 +244,12 @@ def read_all(
     head: LinearHead,
     logp: Tensor,
     entropy: Tensor | None,
+    log_sums: Tensor | None = None,
 ) -> None:
-    """Fill ``logp [K]`` and ``entropy [K]``: one matrix product and one read of its result."""
+    """Fill ``logp [K]``, ``entropy [K]`` and ``log_sums [K]`` float64, the last two unless None.
+
+    One matrix product and one read of its result.
+    """
     limit, columns = tile_shape(len(rows.kept), *head.weight.shape)
     tiles = CPUHead(head, rows=limit)
     buffer = empty(limit * columns)
@@ -251,6 +260,8 @@ def read_all(
             shape = len(x), min(columns, len(head.weight) - first)
             logits = buffer[: shape[0] * shape[1]].view(shape)
             tiles.read(x, targets[chunk], first, logits, *results)
+        if log_sums is not None:
+            log_sums[chunk] = tiles.log_sums(len(x))
 
 
 def logprob_forward(

@@ -32,6 +32,7 @@ class _Report(NamedTuple):
     arrived: torch.cuda.Event | None
     found: Tensor  # in the CPU's memory: failed, index, values
     words: Words
+    error: type[ValueError] = ValueError
 
 
 _reports: deque[_Report] = deque()
@@ -43,13 +44,16 @@ def defers(device: torch.device) -> bool:
     return device.type == "cuda" and os.environ.get(_ENV, "0") in ("", "0")
 
 
-def refuse_where(bad: Tensor, values: Tensor, words: Words) -> None:
+def refuse_where(
+    bad: Tensor, values: Tensor, words: Words, error: type[ValueError] = ValueError
+) -> None:
     """Raise at the first place where ``bad [N]`` holds, now or when the GPU has got there.
 
     Args:
         bad: ``[N]`` bool.
         values: ``[N]`` or ``[N, k]`` of any number type, what the message is to show.
         words: makes the message from the index and the value, or the k values, there.
+        error: what is raised.
 
     Raises:
         ValueError: it holds somewhere, or an earlier report says so.
@@ -62,12 +66,12 @@ def refuse_where(bad: Tensor, values: Tensor, words: Words) -> None:
     if not defers(bad.device):
         if bad.any():
             first = int(bad.nonzero()[0])
-            raise ValueError(words(first, *values[first].reshape(-1).tolist()))
+            raise error(words(first, *values[first].reshape(-1).tolist()))
         return
     kind = torch.float64 if values.is_floating_point() else torch.int64
     first_bad = bad.to(torch.int8).argmax(0, keepdim=True)
     there = values.index_select(0, first_bad).reshape(-1)
-    _send(torch.cat([bad.any()[None].to(kind), first_bad.to(kind), there.to(kind)]), words)
+    _send(torch.cat([bad.any()[None].to(kind), first_bad.to(kind), there.to(kind)]), words, error)
 
 
 def raise_failed(*, wait: bool = False) -> None:
@@ -91,10 +95,10 @@ def raise_failed(*, wait: bool = False) -> None:
             _reports.popleft()
         failed, index, *values = report.found.tolist()
         if failed:
-            raise ValueError(report.words(int(index), *values) + _LATE)
+            raise report.error(report.words(int(index), *values) + _LATE)
 
 
-def _send(report: Tensor, words: Words) -> None:
+def _send(report: Tensor, words: Words, error: type[ValueError]) -> None:
     arrived = None
     found = report
     if report.is_cuda:
@@ -103,7 +107,7 @@ def _send(report: Tensor, words: Words) -> None:
         arrived = torch.cuda.Event()
         arrived.record(torch.cuda.current_stream(report.device))
     with _lock:
-        _reports.append(_Report(arrived, found, words))
+        _reports.append(_Report(arrived, found, words, error))
 
 
 def sound_offsets(cu: Tensor, total: int) -> Tensor:

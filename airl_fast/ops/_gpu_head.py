@@ -86,6 +86,11 @@ class GPUHead:
         stats = self._stats[: len(targets)]
         self._kernels.read(self._logits, self._head, targets, logp, entropy, stats)
 
+    def log_sums(self) -> Tensor:
+        """Log-sum-exps ``[R]`` float64 of the chunk that was read."""
+        largest, total = self._stats[: len(self._logits), :2].double().unbind(1)
+        return largest + total.log()
+
     def differentiate(
         self,
         chunk: slice,
@@ -178,12 +183,18 @@ def read_chunks(
     logp: Tensor,
     entropy: Tensor | None,
     kernels: RowKernels,
+    log_sums: Tensor | None = None,
 ) -> None:
-    """Fill ``logp [K]`` and ``entropy [K]`` from ``targets [K]``: a product and a read a chunk."""
+    """Fill ``logp [K]`` and ``entropy [K]`` from ``targets [K]``: a product and a read a chunk.
+
+    And ``log_sums [K]`` float64, unless None.
+    """
     sweep = GPUHead(hidden, kept, head, kernels, (False, False, False))
     for chunk in chunks(len(kept), sweep.limit):
         sweep.fill(chunk)
         sweep.read(targets[chunk], logp[chunk], None if entropy is None else entropy[chunk])
+        if log_sums is not None:
+            log_sums[chunk] = sweep.log_sums()
 
 
 class HeadOperators:
@@ -215,6 +226,19 @@ class HeadOperators:
             _spread(logp, kept, len(hidden)),
             logp.new_empty(0) if entropy is None else _spread(entropy, kept, len(hidden)),
         )
+
+    def shard_forward(
+        self,
+        hidden: Tensor,
+        kept: Tensor,
+        head: LinearHead,
+        targets: Tensor,
+        logp: Tensor,
+        entropy: Tensor | None,
+        log_sums: Tensor,
+    ) -> None:
+        """Fill what `_vocab_shard.read_shard` returns, a chunk of logits at a time."""
+        read_chunks(hidden, kept, head, targets, logp, entropy, self._rows(), log_sums)
 
     def logprob_backward(
         self,

@@ -58,8 +58,9 @@ class RowKernels(Protocol):
     ) -> None:
         """Fill logp and entropy in one read of the chunk.
 
-        ``stats [R, ROW_STATS]`` float32, unless None, gets what `differentiate` needs; its layout
-        is the backend's own. With the entropy None they do for a ``d_entropy`` of None.
+        ``stats [R, ROW_STATS]`` float32, unless None, gets what `differentiate` needs: first the
+        row's maximum m of z and the sum of exp(z - m); the rest of the layout is the backend's
+        own. With the entropy None they do for a ``d_entropy`` of None.
         """
         ...
 

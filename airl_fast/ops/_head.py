@@ -15,6 +15,7 @@ from torch import Tensor
 
 from airl_fast.ops._arguments import require_number, require_tensors
 from airl_fast.ops._deferred import refuse_where
+from airl_fast.ops._finite import NonFiniteValueError
 
 CHUNK_BYTES = 128 * 2**20  # of one logits buffer; tests lower it to force many chunks
 
@@ -177,7 +178,10 @@ def check_targets(targets: Tensor, vocab: int, ignore_index: int) -> None:
 def check_finite(name: str, values: Tensor, remedy: str) -> None:
     """Refuse NaN and infinity in ``values [N]``. Reads values: for a custom op's body."""
     refuse_where(
-        ~values.isfinite(), values, lambda first, value: f"{name}[{first}] is {value}: {remedy}"
+        ~values.isfinite(),
+        values,
+        lambda first, value: f"{name}[{first}] is {value}: {remedy}",
+        NonFiniteValueError,
     )
 
 
@@ -262,6 +266,11 @@ class ChunkedHead:
                 torch.mul(z, z, out=self._slope[: len(x)]).neg_().add_(1)
             z.mul_(self.softcap / self.temperature)
         return torch.log_softmax(z, -1, out=self._log_probs[: len(x)])
+
+    def log_sums(self, log_probs: Tensor) -> Tensor:
+        """Log-sum-exps ``[R]`` float64 of the rows; to be asked for before the entropy."""
+        z = self._scratch[: len(log_probs)]
+        return z.amax(-1).double() - log_probs.amax(-1).double()
 
     def entropy(self, log_probs: Tensor) -> Tensor:
         """Entropy ``[R]``; a sum of terms of one sign, so it is never negative."""

@@ -51,7 +51,12 @@ def implements(
 
 
 def pick(op: str, *tensors: torch.Tensor) -> Callable[..., Any]:
-    """Return the implementation of ``op`` that serves these tensors.
+    """Return the implementation of ``op`` that serves these tensors; raises as ``serving``."""
+    return _registry[op][serving(op, *tensors)].function
+
+
+def serving(op: str, *tensors: torch.Tensor) -> str:
+    """Return the name of the backend that serves these tensors.
 
     Raises:
         RuntimeError: the forced backend does not exist for ``op`` or cannot serve the tensors.
@@ -65,10 +70,10 @@ def pick(op: str, *tensors: torch.Tensor) -> Callable[..., Any]:
                 f"{op}: backend {name!r} was forced but cannot serve this call: {reason}; "
                 f"unset {_ENV} or leave airl_fast.backend() to let the library choose"
             )
-        return implementations[name].function
+        return name
     for name in BACKENDS:
         if _reason(implementations, name, tensors) is None:
-            return implementations[name].function
+            return name
     raise RuntimeError(f"{op}: no backend serves this call")
 
 
@@ -146,6 +151,7 @@ def explain() -> Explanation:
 _OPERATOR_MODULES = (
     "linear_logprob",
     "linear_policy_loss",
+    "vocab_parallel",
     "airl_score",
     "discriminator_loss",
     "segments",

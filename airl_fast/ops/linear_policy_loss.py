@@ -12,6 +12,7 @@ from torch import Tensor
 from airl_fast.ops import _cpu_gradients, _cpu_head, _cuda_head, _triton
 from airl_fast.ops._arguments import require_tensors
 from airl_fast.ops._deferred import refuse_where
+from airl_fast.ops._finite import NonFiniteValueError
 from airl_fast.ops._head import (
     NON_FINITE_LOGITS,
     ChunkedHead,
@@ -256,6 +257,7 @@ def _linear_policy_loss(
             f"the loss is {loss}: exp(logp - old_logp) or exp(ref_logp - logp) overflows; compute "
             "old_logp and ref_logp with these targets and this temperature"
         ),
+        NonFiniteValueError,
     )
     return outputs
 

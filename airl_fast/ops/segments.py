@@ -17,6 +17,7 @@ from airl_fast.ops import _cuda_spans, _triton
 from airl_fast.ops._arguments import require_tensors
 from airl_fast.ops._deferred import defers, refuse_where, sound_offsets
 from airl_fast.ops._eager import recorded
+from airl_fast.ops._finite import NonFiniteValueError
 from airl_fast.ops.dispatch import implements, pick
 
 
@@ -170,6 +171,7 @@ def check_finite(op: str, name: str, x: Tensor) -> None:
             f"{op}: expected finite {name}, received {value} at index {at}; "
             "look for the overflow or the empty mean that made it"
         ),
+        NonFiniteValueError,
     )
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from airl_fast.parsing import parse_json, shown
 from airl_fast.report.content import Cell, Chart, Section, Series, Table
 from airl_fast.report.page import write_report
 from airl_fast.report.scored import read_traces, traces_sections
@@ -111,7 +111,10 @@ def report_run(
             left_out.append(f"the viewer has the first {max_traces:,} of {len(read):,} traces")
     if folder is not None and (folder / "config.yaml").exists():
         text = (folder / "config.yaml").read_text("utf-8")
-        facts = _facts(text) | facts
+        try:
+            facts = _facts(text) | facts
+        except ValueError as error:
+            raise ValueError(f"{folder / 'config.yaml'}: not readable as YAML: {error}") from None
         sections.append(Section(title="Configuration", pre=text))
     name = (folder or scores or evaluation or output).resolve().name
     write_report(output, title or f"airl_fast: {name}", sections, facts=facts)
@@ -137,9 +140,9 @@ def read_history(path: Path) -> list[dict[str, Any]]:
         if not line.endswith("\n"):
             break
         try:
-            metrics = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error.msg})") from None
+            metrics = parse_json(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
         if not isinstance(metrics, dict) or not isinstance(metrics.get("step"), int):
             raise ValueError(
                 f"{path}, line {number}: expected an object with the number of a 'step', as a run "
@@ -211,19 +214,24 @@ def _is_number(value: Any) -> bool:
 
 
 def _facts(config: str) -> dict[str, str]:
-    import yaml
+    from airl_fast.config import load_yaml
 
-    values = yaml.safe_load(config) or {}
-    found = {name: values.get(section, {}).get(key) for name, (section, key) in _FACTS}
-    return {name: str(value) for name, value in found.items() if value is not None}
+    values = load_yaml(config)
+    found = {}
+    for name, (section, key) in _FACTS:
+        branch = values.get(section) if isinstance(values, dict) else None
+        value = branch.get(key) if isinstance(branch, dict) else None
+        if value is not None:
+            found[name] = value if isinstance(value, str) else shown(value)
+    return found
 
 
 def _evaluation_sections(path: Path) -> list[Section]:
     """The sections of an evaluation's file."""
     try:
-        value = json.loads(path.read_text("utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON ({error.msg} at line {error.lineno})") from None
+        value = parse_json(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     if isinstance(value, dict) and "report" in value:
         value = value["report"]
     summaries = value if isinstance(value, list) else [value]

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from airl_fast.evaluation import auc
+from airl_fast.parsing import shown
 from airl_fast.report.content import Cell, Chart, Section, Table
 from airl_fast.report.summary import histogram
 from airl_fast.report.traces import LABELS, TraceSet, TraceView
@@ -56,7 +57,7 @@ def parse_scored(row: Row) -> Scored:
     try:
         v = row.values
         tokens = v["tokens"]
-        return Scored(
+        read = Scored(
             text=v["text"],
             f=float(v["f"]),
             reward=_optional(v["reward"]),
@@ -79,11 +80,28 @@ def parse_scored(row: Row) -> Scored:
                 reward=_column(tokens["reward"]) if tokens["reward"] is not None else None,
             ),
         )
-    except (KeyError, TypeError, ValueError) as error:
-        what = f"no {error}" if isinstance(error, KeyError) else str(error)
+        _check_columns(read)
+        return read
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else str(error)[:300]
         raise ValueError(
             f"{row.where}: not a line of `airl-fast score` ({what}); score the traces first"
         ) from None
+
+
+def _check_columns(scored: Scored) -> None:
+    """Refuse texts that are none, and columns of different lengths."""
+    texts = [scored.text, scored.granularity, *(step.text for step in scored.steps)]
+    wrong = [text for text in texts if not isinstance(text, str)]
+    if wrong:
+        raise ValueError(f"expected a text, got {shown(wrong[0])}")
+    if any(not 0 <= step.start <= step.end <= len(scored.text) for step in scored.steps):
+        raise ValueError("steps that do not lie in the text")
+    tokens = scored.tokens
+    columns = (tokens.ids, tokens.offsets, tokens.f, tokens.logp, tokens.reward)
+    lengths = {len(column) for column in columns if column is not None}
+    if len(lengths) > 1:
+        raise ValueError(f"columns of {sorted(lengths)} tokens, expected as many values as ids")
 
 
 def traces_sections(traces: Sequence[TraceView], max_traces: int) -> list[Section]:
@@ -165,7 +183,7 @@ def _truth(values: Mapping[str, Any]) -> tuple[bool | None, int | None]:
         error = label if label >= 0 else None
         correct = label < 0 if correct is None else correct
     if correct is not None and not isinstance(correct, bool):
-        raise ValueError(f"expected 'correct' to be true, false or null, got {correct!r}")
+        raise ValueError(f"expected 'correct' to be true, false or null, got {shown(correct)}")
     return correct, error
 
 
@@ -174,7 +192,7 @@ def _index(values: Mapping[str, Any], key: str) -> int | None:
     if value is None or value == -1:
         return None
     if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"expected {key!r} to be the 0-based index of a step, got {value!r}")
+        raise ValueError(f"expected {key!r} to be the 0-based index of a step, got {shown(value)}")
     return value
 
 
@@ -195,8 +213,8 @@ def _beside_rows(rows: Sequence[Row], scores: Path, path: Path) -> list[Row]:
     for row, other in zip(rows, found, strict=True):
         if row.values.get("id") != other.values.get("id") and {"id"} <= row.values.keys():
             raise ValueError(
-                f"{other.where}: 'id' is {other.values.get('id')!r}, and {row.where} has "
-                f"{row.values['id']!r}; give files of the same traces in the same order"
+                f"{other.where}: 'id' is {shown(other.values.get('id'))}, and {row.where} has "
+                f"{shown(row.values['id'])}; give files of the same traces in the same order"
             )
     return found
 

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from airl_fast.evaluation import binomial_interval
+from airl_fast.parsing import shown
 from airl_fast.report.content import Cell, Chart, Estimate, Section, Series, Table
 
 
@@ -67,18 +68,23 @@ class EvalSummary:
 
     def __post_init__(self) -> None:
         for name, bins in self.reliability.items():
+            if not bins:
+                raise ValueError(f"reliability of {shown(name)}: expected bins, got none")
             for b in bins:
-                if not (0 <= b.p_mean <= 1 and 0 <= b.fraction <= 1 and b.count > 0):
+                if not (0 <= b.p_mean <= 1 and 0 <= b.fraction <= 1 and 0 < b.count < 2**53):
                     raise ValueError(
-                        f"reliability of {name!r}: expected p_mean and fraction in [0, 1] and a "
-                        f"count above 0, got {b}; leave empty bins out"
+                        f"reliability of {shown(name)}: expected p_mean and fraction in [0, 1] and "
+                        f"a count from 1 to 2^53, got {shown(b)}; leave empty bins out"
                     )
         for name, points in self.curves.items():
-            if any(p.n < 1 or not math.isfinite(p.mean + p.low + p.high) for p in points):
-                raise ValueError(f"curve {name!r}: expected n >= 1 and finite values")
+            finite = all(math.isfinite(p.mean + p.low + p.high) for p in points)
+            if not finite or any(not 1 <= p.n < 2**53 for p in points):
+                raise ValueError(
+                    f"curve {shown(name)}: expected n >= 1, below 2^53, and finite values"
+                )
         for name, values in self.histograms.items():
             if not np.all(np.isfinite(np.asarray(values, np.float64))):
-                raise ValueError(f"histogram of {name!r}: expected finite values")
+                raise ValueError(f"histogram of {shown(name)}: expected finite values")
 
     def to_json(self) -> dict[str, Any]:
         """Return what ``from_json`` reads."""
@@ -105,7 +111,7 @@ class EvalSummary:
         if not isinstance(value, dict) or not value.keys() <= set(known):
             raise ValueError(
                 f"{where}: expected an object with keys among {', '.join(known)}, got "
-                f"{sorted(value) if isinstance(value, dict) else type(value).__name__}"
+                f"{shown(list(value)) if isinstance(value, dict) else type(value).__name__}"
             )
 
         def number(x: Any) -> float | Estimate:
@@ -132,11 +138,17 @@ class EvalSummary:
         for key in value.keys() & makers.keys():
             try:
                 read[key] = {name: makers[key](part) for name, part in value[key].items()}
-            except (TypeError, ValueError, AttributeError) as error:
+            except (TypeError, ValueError, AttributeError, OverflowError) as error:
                 raise ValueError(
-                    f"{where}: {key!r} is not as documented ({error}); see "
+                    f"{where}: {key!r} is not as documented ({str(error)[:300]}); see "
                     "airl_fast.report.EvalSummary for what each value is"
                 ) from None
+        words = [read.get("title", ""), read.get("histogram_label", "")]
+        notes = read.get("notes", ())
+        if not isinstance(notes, list | tuple) or not all(
+            isinstance(word, str) for word in (*words, *notes)
+        ):
+            raise ValueError(f"{where}: expected texts as 'title', 'histogram_label' and 'notes'")
         return cls(**read)
 
     def section(self) -> Section:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from airl_fast.parsing import shown
 from airl_fast.scores import Scored
 
 SHADES = 4  # on either side of the neutral colour
@@ -39,7 +40,7 @@ class StepView:
     def __post_init__(self) -> None:
         if self.tokens and "".join(token.text for token in self.tokens) != self.text:
             raise ValueError(
-                f"step {self.text!r}: expected tokens that spell it, got "
+                f"step {shown(self.text)}: expected tokens that spell it, got "
                 f"{[token.text for token in self.tokens]}"
             )
 
@@ -72,17 +73,17 @@ class TraceView:
 
     def __post_init__(self) -> None:
         if not self.steps:
-            raise ValueError(f"trace {self.title!r}: expected one step or more, got none")
+            raise ValueError(f"trace {shown(self.title)}: expected one step or more, got none")
         for name, step in (("error_step", self.error_step), ("located", self.located)):
             if step is not None and not 0 <= step < len(self.steps):
                 raise ValueError(
-                    f"trace {self.title!r}: expected {name} in [0, {len(self.steps)}), the "
+                    f"trace {shown(self.title)}: expected {name} in [0, {len(self.steps)}), the "
                     f"0-based index of a step, got {step}; None stands for no error"
                 )
         numbers = [self.values, *(step.values for step in self.steps)]
         numbers += [token.values for step in self.steps for token in step.tokens]
         if not all(math.isfinite(v) for values in numbers for v in values.values()):
-            raise ValueError(f"trace {self.title!r}: expected finite values")
+            raise ValueError(f"trace {shown(self.title)}: expected finite values")
 
     @classmethod
     def from_scored(
@@ -107,10 +108,10 @@ class TraceView:
             ValueError: steps or tokens that do not lie in the text, or an index out of range.
         """
         if not scored.steps:
-            raise ValueError(f"trace {title!r}: expected one step or more, got none")
+            raise ValueError(f"trace {shown(title)}: expected one step or more, got none")
         ends = [*(step.end for step in scored.steps[:-1]), len(scored.text)]
         if ends != sorted(ends):
-            raise ValueError(f"trace {title!r}: expected steps in order, got ends {ends}")
+            raise ValueError(f"trace {shown(title)}: expected steps in order, got ends {ends}")
         tokens: list[list[Piece]] = [[] for _ in ends]
         for step, piece in _pieces(scored, ends):
             tokens[step].append(piece)
@@ -190,18 +191,20 @@ class TraceSet:
 
     def __post_init__(self) -> None:
         if not self.traces:
-            raise ValueError(f"traces {self.title!r}: expected one or more; leave the set out")
+            raise ValueError(f"traces {shown(self.title)}: expected one or more; leave the set out")
         for trace in self.traces:
             for step in trace.steps:
                 for values in (step.values, *(t.values for t in step.tokens if t.values)):
                     if values.keys() != set(self.measures):
                         raise ValueError(
-                            f"trace {trace.title!r}: expected the values {list(self.measures)} "
-                            f"everywhere, as the first step has, got {list(values)}; score all "
-                            "traces alike"
+                            f"trace {shown(trace.title)}: expected the values "
+                            f"{list(self.measures)} everywhere, as the first step has, got "
+                            f"{list(values)}; score all traces alike"
                         )
         if not self.measures:
-            raise ValueError(f"traces {self.title!r}: expected a value of every step, got none")
+            raise ValueError(
+                f"traces {shown(self.title)}: expected a value of every step, got none"
+            )
 
     @property
     def measures(self) -> tuple[str, ...]:

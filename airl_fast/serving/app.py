@@ -88,7 +88,7 @@ def make_app(reader: RewardReader, *, limits: Limits, token: str | None = None) 
 
     app = FastAPI(
         title="airl_fast", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
-        openapi_url=None,
+        openapi_url=None, redirect_slashes=False,
     )  # fmt: skip
 
     async def answer(request: Request) -> Response:

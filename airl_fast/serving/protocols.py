@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from airl_fast.encoding import EncodedPair
 from airl_fast.integrations.rewards import RewardReader
 from airl_fast.integrations.texts import completion_pair, last_turn_pair, text_ids
+from airl_fast.parsing import shown
 from airl_fast.scores import Scored
 
 
@@ -118,10 +119,10 @@ class _VLLMRequest(Request):
         }
         for name, (value, only, why) in refused.items():
             if value != only:
-                raise ValueError(f"{name}: received {value!r}, but {why}: leave it out")
+                raise ValueError(f"{name}: received {shown(value)}, but {why}: leave it out")
         if self.task not in self.tasks:
             names = ", ".join(repr(task) for task in self.tasks if task)
-            raise ValueError(f"task: expected {names} or none, received {self.task!r}")
+            raise ValueError(f"task: expected {names} or none, received {shown(self.task)}")
         if (self.input is None) == (self.messages is None):
             raise ValueError("expected either 'input' or 'messages', received both or none")
 

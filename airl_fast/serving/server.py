@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from airl_fast.integrations.rewards import RewardReader
 
 TOKEN_VARIABLE = "AIRL_FAST_TOKEN"
+_HEAD_SECONDS = 20.0  # for a request's head; its body has the limit of the whole request
 
 
 def serve(
@@ -45,6 +46,7 @@ def serve(
         import uvicorn
 
         from airl_fast.serving.app import Limits, make_app
+        from airl_fast.serving.connections import protocol
     except ImportError as error:
         raise ValueError(
             f"serving needs the serve extra ({error.name} is missing): pip install "
@@ -60,6 +62,8 @@ def serve(
             log_level="warning",
             access_log=False,
             server_header=False,
+            http=protocol(seconds=min(seconds, _HEAD_SECONDS)),
+            ws="none",
             timeout_graceful_shutdown=None,  # a request ends by limits.seconds
         )
         # uvicorn raises the signal again once all is finished: that is then the whole of it.

@@ -14,8 +14,10 @@ _NUMBER = re.compile(
 )
 _DECORATION = " \t\r\n*_`\"'()[]{}\\$:"
 _HASHES = re.compile(r"^[ \t]*####[ \t]*(.*)$", re.MULTILINE)
-_TAGS = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_PHRASE = re.compile(r".*\banswer is:?\s*(.*)", re.IGNORECASE)  # greedy: a line's last one
+_OPEN, _CLOSE = "<answer>", "</answer>"
+_PHRASE = re.compile(  # greedy: a line's last one; from its start, or a long line takes n^2 steps
+    r"^.*\banswer is:?\s*(.*)", re.IGNORECASE | re.MULTILINE
+)
 
 
 def find_answer(text: str) -> str | None:
@@ -28,9 +30,9 @@ def find_answer(text: str) -> str | None:
     hashes = _HASHES.search(text)
     if hashes:
         return hashes[1].strip()
-    tags = _TAGS.findall(text)
-    if tags:
-        return str(tags[-1]).strip()
+    tagged = _last_tagged(text)
+    if tagged is not None:
+        return tagged.strip()
     boxed = last_boxed(text)
     if boxed is not None:
         return boxed.strip()
@@ -41,15 +43,26 @@ def find_answer(text: str) -> str | None:
 def last_boxed(text: str) -> str | None:
     r"""Return what the last complete ``\boxed{...}`` holds; braces may nest."""
     opener = r"\boxed{"
-    start = text.rfind(opener)
-    while start >= 0:
-        depth, begin = 1, start + len(opener)
-        for place in range(begin, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[place], 0)
-            if depth == 0:
-                return text[begin:place]
-        start = text.rfind(opener, 0, start)
-    return None
+    open_braces: list[int] = []
+    last: tuple[int, int] | None = None
+    for brace in re.finditer(r"[{}]", text):
+        if brace[0] == "{":
+            open_braces.append(brace.start())
+        elif open_braces:
+            begin = open_braces.pop() + 1
+            boxed = text.startswith(opener, begin - len(opener)) if begin >= len(opener) else False
+            if boxed and (last is None or begin > last[0]):
+                last = begin, brace.start()
+    return None if last is None else text[last[0] : last[1]]
+
+
+def _last_tagged(text: str) -> str | None:
+    """What the last ``<answer>...</answer>`` holds."""
+    found, start = None, text.find(_OPEN)
+    while start >= 0 and (end := text.find(_CLOSE, start)) >= 0:
+        found = text[start + len(_OPEN) : end]
+        start = text.find(_OPEN, end)
+    return found
 
 
 def parse_number(text: str) -> str | None:

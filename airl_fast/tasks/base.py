@@ -2,6 +2,7 @@
 
 import random
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Protocol
@@ -44,10 +45,18 @@ class Task(Protocol):
 
     name: str
     step_boundary: str  # regex; a step ends where a match ends
-    train: list[Example]
-    unlabelled: list[Example]
     validation: list[Example]
     test: list[Example]
+
+    @property
+    def train(self) -> Sequence[Example]:
+        """Examples with demonstrations; large data is read when it is asked for."""
+        ...
+
+    @property
+    def unlabelled(self) -> Sequence[Example]:
+        """Prompts without demonstrations."""
+        ...
 
     def is_correct(self, completion: str, example: Example) -> bool:
         """Say whether the completion's final answer is the example's."""

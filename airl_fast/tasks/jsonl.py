@@ -1,12 +1,21 @@
 """Your own traces: JSON lines of prompt, completion and answer, or of messages."""
 
 import random
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from airl_fast.parsing import shown
 from airl_fast.tasks.answers import canonical, find_answer, same_answer, wrong_number
 from airl_fast.tasks.base import Example, Message, Prompt
-from airl_fast.tasks.rows import Row, draw_subsets, local_files, read_rows
+from airl_fast.tasks.drawing import draw_rows
+from airl_fast.tasks.line_index import IndexedFile, Streamed, open_indexed
+from airl_fast.tasks.rows import Row, iter_rows, local_files, split_of
+
+STREAMED_BYTES = 64 * 2**20  # files from this size on are not loaded; tests lower it
 
 _REMEDY = (
     'a row is {"prompt": "...", "completion": "...", "answer": "..."} or {"messages": [{"role": '
@@ -23,6 +32,11 @@ class JSONLines:
     prompt without demonstration); or ``messages``, whose last one, if the assistant's, is the
     completion. ``answer`` (a text or a number) is needed in validation and test rows only. Other
     columns are not read.
+
+    A file of 64 MiB or more is not loaded: an index beside it (`line_index`; built once, when
+    every row is checked) says where each row is, and examples are read when they are asked for. The
+    sets are the same, in the same order. A compressed file (.gz) has to be loaded whole: it cannot
+    be read from its middle.
 
     Args:
         path: a file (all sets are drawn from it), or a folder with train.jsonl and, where there
@@ -50,33 +64,31 @@ class JSONLines:
         validation: int = 200,
         test: int = 400,
     ) -> None:
-        where: dict[str, str] = {}
-        splits: dict[str, list[Example]] = {}
-        for split, file in local_files(Path(path)).items():
-            splits[split] = []
-            for i, row in enumerate(read_rows(file)):
-                example = _example(row, f"jsonl-{split}-{i}")
-                where[example.id] = row.where
-                splits[split].append(example)
-        subsets = draw_subsets(
-            splits,
+        files = local_files(Path(path))
+        sources = {split: _Rows(file, split) for split, file in files.items()}
+        drawn = draw_rows(
+            {split: source.split for split, source in sources.items()},
             seed=seed,
             demonstrations=demonstrations,
             unlabelled=unlabelled,
             validation=validation,
             test=test,
         )
-        for key, examples in (("validation", subsets.validation), ("test", subsets.test)):
-            for example in examples:
+        train = sources["train"]
+        self.train = train.examples(drawn.train)
+        self.unlabelled = train.examples(drawn.unlabelled, bare=True)
+        self.validation = list(sources[drawn.validation[0]].examples(drawn.validation[1]))
+        self.test = list(sources[drawn.test[0]].examples(drawn.test[1]))
+        for key, (split, rows), examples in (
+            ("validation", drawn.validation, self.validation),
+            ("test", drawn.test, self.test),
+        ):
+            for row, example in zip(rows.tolist(), examples, strict=True):
                 if example.answer is None:
                     raise ValueError(
-                        f"{where[example.id]}: no column 'answer', which the {key} set needs; "
-                        f"add it, or set task.{key}=0 to go without"
+                        f"{sources[split].where(row)}: no column 'answer', which the {key} set "
+                        f"needs; add it, or set task.{key}=0 to go without"
                     )
-        self.train = subsets.train
-        self.unlabelled = subsets.unlabelled
-        self.validation = subsets.validation
-        self.test = subsets.test
 
     @staticmethod
     def extract_answer(completion: str) -> str | None:
@@ -103,6 +115,40 @@ class JSONLines:
             ValueError: the text has no number.
         """
         return wrong_number(completion, self.step_boundary, rng)
+
+
+class _Rows:
+    """The examples of one file: in memory or, where it is large, read when they are asked for."""
+
+    def __init__(self, file: Path, split: str) -> None:
+        self.file, self.name = file, split
+        self.indexed: IndexedFile | None = None
+        self.loaded: list[Example] = []
+        self.places: list[str] = []
+        if file.suffix != ".gz" and file.stat().st_size >= STREAMED_BYTES:
+            self.indexed = open_indexed(file, self._parse)
+            self.split = self.indexed.split
+            return
+        for i, row in enumerate(iter_rows(file)):
+            self.loaded.append(self._parse(row, i))
+            self.places.append(row.where)
+        self.split = split_of(self.loaded)
+
+    def _parse(self, row: Row, number: int) -> Example:
+        return _example(row, f"jsonl-{self.name}-{number}")
+
+    def examples(self, rows: np.ndarray, *, bare: bool = False) -> Sequence[Example]:
+        """These rows, in this order; ``bare`` ones without their completions."""
+        if self.indexed is not None:
+            return Streamed(self.indexed, rows, bare=bare)
+        found = [self.loaded[row] for row in rows.tolist()]
+        return [replace(e, completion=None) for e in found] if bare else found
+
+    def where(self, row: int) -> str:
+        """A row's place, for messages."""
+        if self.indexed is None:
+            return self.places[row]
+        return f"{self.file}, line {self.indexed.records[row]['line']}"
 
 
 def _example(row: Row, name: str) -> Example:
@@ -141,15 +187,15 @@ def _messages(row: Row, key: str) -> tuple[Message, ...]:
     """Return a column of messages, each checked."""
     turns: Any = row.values[key]
     if not isinstance(turns, list) or not turns:
-        raise ValueError(f"{row.where}: {key!r} is {turns!r}, expected a list of messages")
+        raise ValueError(f"{row.where}: {key!r} is {shown(turns)}, expected a list of messages")
     messages = []
     for i, turn in enumerate(turns):
         where = f"{row.where}, {key}[{i}]"
         if not isinstance(turn, dict):
-            raise ValueError(f"{where}: {turn!r}, expected an object with role and content")
+            raise ValueError(f"{where}: {shown(turn)}, expected an object with role and content")
         inner = Row(values=turn, where=where)
         role = inner.text("role", f"a role is one of {', '.join(_ROLES)}")
         if role not in _ROLES:
-            raise ValueError(f"{where}: role {role!r}, expected one of {', '.join(_ROLES)}")
+            raise ValueError(f"{where}: role {shown(role)}, expected one of {', '.join(_ROLES)}")
         messages.append(Message(role=role, content=inner.text("content", "a turn has a text")))
     return tuple(messages)

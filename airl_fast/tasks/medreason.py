@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from airl_fast.parsing import shown
 from airl_fast.tasks.answers import canonical
 from airl_fast.tasks.base import Example
 from airl_fast.tasks.choices import LETTERS, MultipleChoice
@@ -73,7 +74,7 @@ class MedReason(MultipleChoice):
         rows = load_rows(path or HUB_NAME)
         if evaluation is not None:
             if not Path(evaluation).is_file():
-                raise ValueError(f"task.evaluation={evaluation!r}: no such file")
+                raise ValueError(f"task.evaluation={shown(evaluation)}: no such file")
             rows["test"] = read_rows(Path(evaluation))
         splits = {
             split: [
@@ -133,13 +134,13 @@ class MedReason(MultipleChoice):
             or not all(isinstance(option, str) and option.strip() for option in options.values())
         ):
             raise ValueError(
-                f"{row.where}: 'options' is {options!r}, expected texts by letter from A on; "
+                f"{row.where}: 'options' is {shown(options)}, expected texts by letter from A on; "
                 f"{_EVALUATION}. {_TRACE}"
             )
         letter = row.text("answer_idx", _EVALUATION)
         if letter not in options:
             raise ValueError(
-                f"{row.where}: 'answer_idx' is {letter!r}, expected one of "
+                f"{row.where}: 'answer_idx' is {shown(letter)}, expected one of "
                 f"{', '.join(options)}; {_EVALUATION}"
             )
         question = row.text("question", _EVALUATION).strip()
@@ -155,7 +156,7 @@ def _listed(row: Row) -> list[str]:
     found = _OPTION.findall(row.text("options", _TRACE))
     if len(found) < 2 or [letter for letter, _ in found] != list(LETTERS[: len(found)]):
         raise ValueError(
-            f"{row.where}: 'options' is {row.values['options']!r}, expected a line each from "
+            f"{row.where}: 'options' is {shown(row.values['options'])}, expected a line each from "
             f"'A. ...' on; {_TRACE}"
         )
     return [option for _, option in found]

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from airl_fast.parsing import shown
 from airl_fast.tasks.base import Example
 from airl_fast.tasks.choices import LETTERS, MultipleChoice, find_choice, own_text
 from airl_fast.tasks.rows import (
@@ -118,7 +119,7 @@ class MMLUPro(MultipleChoice):
                 found[question.id] = text.strip().removeprefix("A: Let's think step by step.")
         if not found:
             raise ValueError(
-                f"task.path={path or HUB_NAME!r} has questions and no chain of thought "
+                f"task.path={shown(path or HUB_NAME)} has questions and no chain of thought "
                 "(cot_content): set task.traces to a file of a model's answers, or to the name of "
                 "one in the folder, such as task.traces=llama-3.1-70b-instruct"
             )
@@ -152,7 +153,7 @@ def parse_question(row: Row) -> Question:
     number, options = values.get("question_id"), values.get("options")
     if not isinstance(number, int) or isinstance(number, bool):
         raise ValueError(
-            f"{row.where}: 'question_id' is {number!r}, expected a number; {_QUESTION}"
+            f"{row.where}: 'question_id' is {shown(number)}, expected a number; {_QUESTION}"
         )
     if (
         not isinstance(options, list)
@@ -160,13 +161,13 @@ def parse_question(row: Row) -> Question:
         or not all(isinstance(option, str) and option.strip() for option in options)
     ):
         raise ValueError(
-            f"{row.where}: 'options' is {options!r}, expected 2 to {len(LETTERS)} texts; "
+            f"{row.where}: 'options' is {shown(options)}, expected 2 to {len(LETTERS)} texts; "
             f"{_QUESTION}"
         )
     answer = row.text("answer", _QUESTION).strip()
     if answer not in list(LETTERS[: len(options)]):
         raise ValueError(
-            f"{row.where}: 'answer' is {answer!r}, expected a letter from A to "
+            f"{row.where}: 'answer' is {shown(answer)}, expected a letter from A to "
             f"{LETTERS[len(options) - 1]}; {_QUESTION}"
         )
     category = values.get("category")
@@ -190,7 +191,7 @@ def read_responses(file: Path) -> Iterator[tuple[int, str]]:
         number = row.values.get("question_id")
         if not isinstance(number, int) or isinstance(number, bool):
             raise ValueError(
-                f"{row.where}: 'question_id' is {number!r}, expected a number; {_RESPONSE}"
+                f"{row.where}: 'question_id' is {shown(number)}, expected a number; {_RESPONSE}"
             )
         if number in seen:
             raise ValueError(f"{row.where}: question {number} a second time; keep one answer")
@@ -218,7 +219,7 @@ def _traces_file(path: str | None, traces: str) -> Path:
     file = compressed_or_not(folder / f"{traces}.jsonl")
     if not file.is_file():
         raise ValueError(
-            f"task.traces={traces!r}: no such file, and no {traces}.jsonl (or .gz) in "
+            f"task.traces={shown(traces)}: no such file, and no {traces}.jsonl (or .gz) in "
             f"{str(folder)!r}; name a file of a model's answers"
         )
     return file

@@ -1,15 +1,21 @@
 """Rows of JSON lines, with their place in the file, and the subsets drawn from them."""
 
 import gzip
-import json
-import random
 import re
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from airl_fast.parsing import parse_json, shown, shown_names
 from airl_fast.tasks.base import Example
+from airl_fast.tasks.drawing import Split, draw_rows, prompt_key
+
+LONGEST_LINE = 2**28  # bytes: a small compressed file may hold one line that fills the memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,13 +32,13 @@ class Row:
             ValueError: the key is missing, no text, or empty; with the row and the remedy.
         """
         if key not in self.values:
-            found = ", ".join(map(repr, self.values)) or "nothing"
+            found = shown_names(self.values)
             raise ValueError(f"{self.where}: no column {key!r} among {found}; {remedy}")
         value = self.values[key]
         if not isinstance(value, str):
             raise ValueError(
-                f"{self.where}: {key!r} is {value!r} ({type(value).__name__}), expected a text; "
-                f"{remedy}"
+                f"{self.where}: {key!r} is {shown(value)} ({type(value).__name__}), expected a "
+                f"text; {remedy}"
             )
         if not value.strip():
             raise ValueError(f"{self.where}: {key!r} is empty; {remedy}")
@@ -43,8 +49,8 @@ def read_rows(path: Path) -> list[Row]:
     """Read a file of JSON lines, compressed (.gz) or not; blank lines are no rows.
 
     Raises:
-        ValueError: a line that is not UTF-8, not JSON or not an object, with its number; or a
-            file without rows.
+        ValueError: a line that is not UTF-8, not JSON, not an object or longer than
+            ``LONGEST_LINE``, with its number; or a file without rows.
     """
     return list(iter_rows(path))
 
@@ -54,26 +60,67 @@ def iter_rows(path: Path) -> Iterator[Row]:
     empty = True
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
+            for number in count(1):
+                if not (line := file.readline(LONGEST_LINE + 1)):
+                    break
+                if len(line) > LONGEST_LINE:
+                    raise ValueError(
+                        f"{path}, line {number}: expected at most {LONGEST_LINE:,} bytes, received "
+                        "more; write one JSON object a line"
+                    )
                 if line.strip():
-                    yield _row(line, number, path)
+                    yield parse_row(line, number, path)
                     empty = False
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: not a whole gzip file ({error}); fetch it again") from None
     if empty:
         raise ValueError(f"{path}: no rows; expected a JSON object a line")
 
 
-def _row(line: bytes, number: int, path: Path) -> Row:
+class RowFile:
+    """The rows of a file, read anew each time they are iterated over, and never held.
+
+    A pipe can be read only once: its rows are kept.
+
+    Raises:
+        ValueError: (while iterating) as `iter_rows`; the file has changed since the first time.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._kept = None if path.is_file() else read_rows(path)
+        self._state = self._found()
+
+    def __iter__(self) -> Iterator[Row]:
+        if self._kept is not None:
+            yield from self._kept
+            return
+        self._check()
+        yield from iter_rows(self.path)
+        self._check()
+
+    def _found(self) -> tuple[int, int]:
+        found = self.path.stat()
+        return found.st_size, found.st_mtime_ns
+
+    def _check(self) -> None:
+        if self._found() != self._state:
+            raise ValueError(f"{self.path}: it changed while it was read; start when it is whole")
+
+
+def parse_row(line: bytes, number: int, path: Path) -> Row:
+    """Read one line of a file.
+
+    Raises:
+        ValueError: not UTF-8, not JSON or not an object; with the line's number.
+    """
     where = f"{path}, line {number}"
     try:
-        values = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        values = parse_json(line.decode("utf-8-sig" if number == 1 else "utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: not UTF-8 ({error}); save the file as UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{where}: not JSON ({error.msg} at column {error.colno}); write one JSON object a line"
-        ) from None
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}; write one JSON object a line") from None
     if not isinstance(values, dict):
         raise ValueError(
             f"{where}: {type(values).__name__}, expected an object; write one JSON "
@@ -160,6 +207,14 @@ class Subsets:
     test: list[Example]
 
 
+def split_of(examples: list[Example]) -> Split:
+    """What `draw_rows` wants to know of examples."""
+    return Split(
+        keys=np.fromiter((prompt_key(e.prompt) for e in examples), np.uint64, len(examples)),
+        shown=np.fromiter((e.completion is not None for e in examples), bool, len(examples)),
+    )
+
+
 def draw_subsets(
     splits: dict[str, list[Example]],
     *,
@@ -187,52 +242,21 @@ def draw_subsets(
         ValueError: a set larger than what is left for it (no set is shortened in silence), or
             prompts without completion that nothing would use.
     """
-    pools = {}
-    for split, examples in splits.items():
-        pools[split] = list(examples)
-        random.Random(f"{split}/{seed}").shuffle(pools[split])
-    used: set[Any] = set()
+    drawn = draw_rows(
+        {split: split_of(examples) for split, examples in splits.items()},
+        seed=seed,
+        demonstrations=demonstrations,
+        unlabelled=unlabelled,
+        validation=validation,
+        test=test,
+    )
 
-    def take(pool: Iterable[Example], count: int, key: str) -> list[Example]:
-        fresh = {e.prompt: e for e in pool if e.prompt not in used}
-        if count > len(fresh):
-            raise ValueError(
-                f"{key}={count}, and the data has {len(fresh)} prompts left for it; set {key} to "
-                f"{len(fresh)} or less"
-            )
-        taken = list(fresh.values())[:count]
-        used.update(example.prompt for example in taken)
-        return taken
+    def picked(split: str, rows: np.ndarray) -> list[Example]:
+        return [splits[split][row] for row in rows.tolist()]
 
-    tests = take(pools.get("test", pools["train"]), test, "task.test")
-    validations = take(pools.get("validation", pools["train"]), validation, "task.validation")
-
-    left = [example for example in pools["train"] if example.prompt not in used]
-    labelled = [example for example in left if example.completion is not None]
-    shown = {example.prompt for example in labelled}
-    bare = [e for e in left if e.completion is None and e.prompt not in shown]
-    if bare and not unlabelled:
-        raise ValueError(
-            f"{len(bare)} training prompts have no completion and task.unlabelled=0; set "
-            f"task.unlabelled={len(bare)} to train the policy on them too, or remove them"
-        )
-    if demonstrations is None:
-        extra = take([*bare, *reversed(labelled)], unlabelled, "task.unlabelled")
-        train = [example for example in labelled if example.prompt not in used]
-    else:
-        if demonstrations > len(labelled):
-            raise ValueError(
-                f"task.demonstrations={demonstrations}, and the data has {len(labelled)} left "
-                f"for it; set task.demonstrations to {len(labelled)} or less, or null for all"
-            )
-        train = labelled[:demonstrations]
-        used.update(example.prompt for example in train)
-        extra = take([*bare, *labelled[demonstrations:]], unlabelled, "task.unlabelled")
-    if not train:
-        raise ValueError("no demonstrations are left to train on; ask for smaller other sets")
     return Subsets(
-        train=train,
-        unlabelled=[replace(example, completion=None) for example in extra],
-        validation=validations,
-        test=tests,
+        train=picked("train", drawn.train),
+        unlabelled=[replace(e, completion=None) for e in picked("train", drawn.unlabelled)],
+        validation=picked(*drawn.validation),
+        test=picked(*drawn.test),
     )

@@ -72,8 +72,8 @@ def late(monkeypatch):
     for module in ("segments", "_policy_checks"):
         monkeypatch.setattr(f"airl_fast.ops.{module}.defers", lambda where: True)
 
-    def send(found, words):
-        _deferred._reports.append(_deferred._Report(arrival, found, words))
+    def send(found, words, error):
+        _deferred._reports.append(_deferred._Report(arrival, found, words, error))
 
     monkeypatch.setattr(_deferred, "_send", send)
     yield arrival

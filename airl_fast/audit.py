@@ -1,0 +1,312 @@
+"""Every so many steps, the operators of a run against plain torch in float32, on the run's batch.
+
+One micro-batch of the step goes through the operators as training calls them, and some of its rows
+through the reference (``ops/dispatch.py``), which is the operators' definition. Both read the same
+hidden states: what is compared is the operators, not the transformer. Tolerances are those that the
+tests of the operators leave room for, a tenth to a half of one percent; rounding takes a few
+percent of them (docs/guards.md).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from airl_fast.batches import derive_seed
+from airl_fast.comparison import AuditError, Comparison
+from airl_fast.config import RunConfig
+from airl_fast.learners import FORMS, Metrics, PolicyLearner, combine_logp
+from airl_fast.loading import Head
+from airl_fast.models import Discriminator, Policy
+from airl_fast.ops._head import present
+from airl_fast.ops.discriminator_loss import discriminator_loss
+from airl_fast.ops.dispatch import backend, serving
+from airl_fast.packing import PackedBatch, Source, Trace, pack, plan_traces
+
+__all__ = ["Audit", "AuditError"]
+
+# Log-probs, entropies: float32 logits whatever the inputs, so one tolerance. Gradients: of half
+# precision, what rounds the coefficients and the result to 8 bits.
+_ATOL = 2e-4
+_RTOL = {torch.float32: 3e-3, torch.float64: 3e-3, torch.bfloat16: 7e-3, torch.float16: 5e-3}
+_ROUNDING = 1e-5  # of a probability, where logits are some tens
+
+
+class Audit:
+    """The audit of one run; a step that is not due costs nothing."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.every = config.guards.audit_every
+        self.rows = config.guards.audit_rows
+
+    def due(self, step: int) -> bool:
+        """Whether the step after ``step`` finished ones is audited."""
+        return self.every > 0 and (step + 1) % self.every == 0
+
+    def policy(
+        self,
+        step: int,
+        learner: PolicyLearner,
+        traces: Sequence[Trace],
+        advantages: Sequence[Tensor],
+        old_logp: Sequence[Tensor] | None = None,
+        ref_logp: Sequence[Tensor] | None = None,
+    ) -> Metrics:
+        """Audit log-prob, entropy and the policy loss's gradients before an update on these.
+
+        Returns:
+            ``audit/policy``: the largest difference as a share of its tolerance; empty if not due.
+
+        Raises:
+            AuditError: an operator has drifted.
+        """
+        if not self.due(step):
+            return {}
+        policy, actions = learner.policy, sum(len(trace.completion) for trace in traces)
+        indices, batch = self._micro_batch(step, traces, policy.device)
+        given = (advantages, old_logp, ref_logp)
+        constants = [None if x is None else torch.cat([x[i] for i in indices]) for x in given]
+        head = _detached(policy.head)
+        with torch.no_grad():
+            states = policy.hidden(batch)
+            read = policy.logprob(states, batch, learner.temperature)
+        hidden = states[batch.state_index]
+        rows = self._draw(step, len(hidden)).to(hidden.device)
+        drawn, of_drawn = batch.targets[rows], [None if x is None else x[rows] for x in constants]
+        ends = torch.arange(len(rows) + 1, dtype=torch.int32, device=hidden.device)
+
+        def alone(x: Tensor, head: Head) -> _Results:  # the drawn rows, each a sequence
+            return _results(learner, x, head, drawn, ends, of_drawn, actions)
+
+        whole = _results(learner, hidden, head, batch.targets, batch.cu_actions, constants, actions)
+        got = whole.at(rows, alone(hidden[rows], head).d_weight)
+        with backend("reference"):
+            want = alone(hidden[rows].float(), replace(head, weight=head.weight.float()))
+
+        logprob = Comparison("linear_logprob", _backend("linear_logprob", hidden, head))
+        loss = Comparison("linear_policy_loss", _backend("linear_policy_loss", hidden, head))
+        for found, (logp, entropy) in (
+            (logprob, (read[0][rows], read[1][rows])),
+            (loss, (got.logp, got.entropy)),
+        ):
+            found.values("log-prob", logp, want.logp, rows, atol=_ATOL)
+            found.values("entropy", entropy, want.entropy, rows, atol=_ATOL)
+        rounding = self._coefficient(learner, of_drawn, head) / actions * _ROUNDING
+        self._gradients(loss, got, want, rows, (hidden[rows], head), rounding)
+        return {"audit/policy": max(logprob.worst, loss.worst)}
+
+    def _gradients(
+        self,
+        found: Comparison,
+        got: _Results,
+        want: _Results,
+        rows: Tensor,
+        inputs: tuple[Tensor, Head],
+        rounding: float,
+    ) -> None:
+        """Compare the gradients; the inputs are what a rounded coefficient is multiplied with."""
+        hidden, head = inputs
+        rtol = max(_RTOL[hidden.dtype], _RTOL[head.weight.dtype])
+        floor = rounding * float(head.weight.float().norm(dim=1).max())
+        name = "the gradient at the hidden state"
+        found.gradients(name, got.d_hidden, want.d_hidden, rows, rtol=rtol, floor=floor)
+        if got.d_weight is not None and want.d_weight is not None:
+            words = torch.arange(len(head.weight))
+            floor = rounding * float(hidden.float().norm(dim=1).sum())
+            name = "the gradient of the head"
+            found.gradients(name, got.d_weight, want.d_weight, words, rtol=rtol, floor=floor)
+
+    def discriminator(
+        self,
+        step: int,
+        discriminator: Discriminator,
+        policy: Policy,
+        traces: Sequence[Trace],
+        logp: Sequence[Tensor],
+    ) -> Metrics:
+        """Audit f and its gradient on spans of some traces, and the discriminator's loss.
+
+        f of a score head is plain torch itself: there the loss alone is audited.
+
+        Returns:
+            ``audit/discriminator``, as ``policy`` does.
+
+        Raises:
+            AuditError: an operator has drifted.
+        """
+        if not self.due(step):
+            return {}
+        indices, batch = self._micro_batch(step, traces, policy.device)
+        worst = 0.0
+        with torch.no_grad():
+            shared = policy.hidden(batch) if discriminator.trunk == "policy" else None
+            f = discriminator.f(batch, shared)
+        if discriminator.head_kind == "lm":
+            worst = self._energies(step, discriminator, [traces[i] for i in indices], batch)
+        how = self.config.discriminator
+        of_spans = combine_logp(
+            torch.cat([logp[i] for i in indices]), batch.cu_spans, how.span_logp
+        )
+        worst = max(worst, self._loss(batch, f, of_spans))
+        return {"audit/discriminator": worst}
+
+    def _energies(
+        self,
+        step: int,
+        discriminator: Discriminator,
+        traces: Sequence[Trace],
+        batch: PackedBatch,
+    ) -> float:
+        """F of whole traces, at least ``rows`` actions of them where there are as many."""
+        chosen: list[int] = []
+        for i in self._draw(step, len(traces), all_of_them=True).tolist():
+            chosen.append(i)
+            if sum(len(traces[i].completion) for i in chosen) >= self.rows:
+                break
+        body = discriminator.body
+        assert body is not None
+        with torch.no_grad():
+            hidden = body.hidden(batch)
+        actions, spans = _ranges(batch.cu_actions, chosen), _ranges(batch.cu_seq_spans, chosen)
+        f, d_hidden = _differentiated(discriminator, batch, hidden, spans)
+        # The same states in a batch of the chosen traces alone, for the reference.
+        alone = pack([traces[i] for i in chosen], device=hidden.device)
+        states = hidden.new_zeros(len(alone.input_ids), hidden.shape[1], dtype=torch.float32)
+        read = batch.state_index[actions]
+        states[alone.state_index] = hidden[read].float()
+        with backend("reference"):
+            want_f, want_d = _differentiated(discriminator, alone, states, slice(None))
+        head = _detached(body.head)
+        lengths = batch.cu_spans.diff()[spans]
+        kappa = max(1.0, abs(float(discriminator.kappa.detach())))
+        tokens = lengths if discriminator.span_logp == "sum" else torch.ones_like(lengths)
+        reading = Comparison("linear_logprob", _backend("linear_logprob", hidden, head))
+        reading.values("f", f, want_f, spans, atol=_ATOL * kappa * tokens)
+        name = "linear_logprob_backward"
+        training = Comparison(name, _backend(name, hidden, head))
+        training.gradients(
+            "the gradient of f at the hidden state",
+            d_hidden[read],
+            want_d[alone.state_index],
+            read,
+            rtol=max(_RTOL[hidden.dtype], _RTOL[head.weight.dtype]),
+            floor=_ROUNDING * kappa * float(head.weight.float().norm(dim=1).max()),
+        )
+        return max(reading.worst, training.worst)
+
+    def _loss(self, batch: PackedBatch, f: Tensor, logp: Tensor) -> float:
+        how = self.config.discriminator
+        is_expert = (batch.source == Source.EXPERT).repeat_interleave(batch.cu_seq_spans.diff())
+
+        def results() -> tuple[Tensor, Tensor]:
+            leaf = f.detach().requires_grad_()
+            with torch.enable_grad():
+                loss, _ = discriminator_loss(
+                    leaf,
+                    logp,
+                    is_expert,
+                    form=FORMS[how.logit],
+                    label_smoothing=how.label_smoothing,
+                )
+                (gradient,) = torch.autograd.grad(loss, leaf)
+            return loss[None], gradient[None]
+
+        loss, gradient = results()
+        with backend("reference"):
+            want, want_gradient = results()
+        one = torch.zeros(1, dtype=torch.int64)
+        found = Comparison("discriminator_loss", serving("discriminator_loss", f, logp))
+        found.values("the loss", loss, want, one, atol=_ATOL)
+        found.gradients(
+            "the gradient at f", gradient, want_gradient, one, rtol=3e-3, floor=1e-6 / len(f)
+        )
+        return found.worst
+
+    def _micro_batch(
+        self, step: int, traces: Sequence[Trace], device: torch.device
+    ) -> tuple[list[int], PackedBatch]:
+        plan = plan_traces(traces, self.config.run.token_budget)
+        indices = plan[derive_seed(self.config.run.seed, "audit", step) % len(plan)]
+        return indices, pack([traces[i] for i in indices], device=device)
+
+    def _draw(self, step: int, count: int, *, all_of_them: bool = False) -> Tensor:
+        """Some of ``count`` positions in ascending order, or all of them in random order."""
+        generator = torch.Generator().manual_seed(derive_seed(self.config.run.seed, "rows", step))
+        order = torch.randperm(count, generator=generator)
+        return order if all_of_them else order[: self.rows].sort().values
+
+    def _coefficient(
+        self, learner: PolicyLearner, constants: Sequence[Tensor | None], head: Head
+    ) -> float:
+        """How large d loss / d logit of a row can be, before the mean over the actions."""
+        advantages = constants[0]
+        assert advantages is not None
+        algorithm = self.config.algorithm
+        of_entropy = learner.entropy_coef * math.log(len(head.weight))
+        largest = float(advantages.abs().max()) + algorithm.kl_beta + of_entropy
+        return largest * head.logit_scale / learner.temperature
+
+
+class _Results(NamedTuple):
+    """What a policy loss gives for its rows."""
+
+    logp: Tensor  # [R]
+    entropy: Tensor  # [R]
+    d_hidden: Tensor  # [R, D]
+    d_weight: Tensor | None  # [V, D]; None: a frozen head
+
+    def at(self, rows: Tensor, d_weight: Tensor | None) -> _Results:
+        """Some rows, with the gradient of the head that those alone give."""
+        return _Results(self.logp[rows], self.entropy[rows], self.d_hidden[rows], d_weight)
+
+
+def _results(
+    learner: PolicyLearner,
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    cu_seqs: Tensor,
+    constants: Sequence[Tensor | None],
+    actions: int,
+) -> _Results:
+    hidden = hidden.detach().requires_grad_()
+    trained = learner.policy.head.weight.requires_grad
+    head = replace(head, weight=head.weight.detach().requires_grad_(trained))
+    with torch.enable_grad():
+        loss, stats = learner.loss(hidden, head, targets, cu_seqs, constants, actions)
+        loss.backward()
+    assert hidden.grad is not None
+    return _Results(stats.logp, stats.entropy, hidden.grad, head.weight.grad)
+
+
+def _detached(head: Head) -> Head:
+    bias = None if head.bias is None else head.bias.detach()
+    return replace(head, weight=head.weight.detach(), bias=bias)
+
+
+def _backend(op: str, hidden: Tensor, head: Head) -> str:
+    return serving(op, *present(hidden, head.weight, head.bias))
+
+
+def _differentiated(
+    discriminator: Discriminator, batch: PackedBatch, hidden: Tensor, spans: Tensor | slice
+) -> tuple[Tensor, Tensor]:
+    """F of spans [R], and the gradient of its sum at the hidden states [T, F]."""
+    hidden = hidden.detach().requires_grad_()
+    with torch.enable_grad():
+        f = discriminator.energies(batch, hidden)[spans]
+        (gradient,) = torch.autograd.grad(f.sum(), hidden)
+    return f.detach(), gradient
+
+
+def _ranges(offsets: Tensor, chosen: Sequence[int]) -> Tensor:
+    """The rows of some segments, one after the other."""
+    edges = offsets.tolist()
+    parts = [torch.arange(edges[i], edges[i + 1], device=offsets.device) for i in chosen]
+    return torch.cat(parts)

@@ -1,0 +1,120 @@
+"""The demo's worker processes: how they are told to stop, and how a stopped demo goes on."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import active_children, get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from airl_fast.durable import explained, make_folder, write_text
+from airl_fast.stopping import StopSignals
+
+if TYPE_CHECKING:
+    from airl_fast.config import RunConfig
+    from airl_fast.trainer import Trainer
+
+_SETTINGS = "demo.json"
+_asked: Any = None  # in a worker: the event that says to stop
+
+
+class StoppedError(Exception):
+    """The demo was asked to stop, and every run has saved its step.
+
+    Attributes:
+        status: the exit status, 0 after SIGTERM and 130 after Ctrl-C.
+    """
+
+    status = 0
+
+
+@contextmanager
+def pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Worker processes that finish their steps on SIGTERM or Ctrl-C, and end at once on another.
+
+    Raises:
+        StoppedError: a signal came before the block was done.
+    """
+    context = get_context("spawn")
+    asked = context.Event()
+    made = ProcessPoolExecutor(workers, context, initializer=begin, initargs=(asked,))
+    with StopSignals(then=asked.set) as stop:
+        try:
+            yield made
+        except StoppedError as error:
+            made.shutdown(cancel_futures=True)  # waits until every run has saved
+            stopped = StoppedError(f"stopped by {stop.received.name}" if stop.received else "")
+            stopped.status = stop.status
+            raise stopped from error
+        except KeyboardInterrupt:
+            for process in active_children():
+                process.kill()
+            raise
+        finally:
+            made.shutdown(cancel_futures=True)
+
+
+def begin(asked: Any) -> None:
+    """Set up a worker: one thread, nothing on the terminal, signals left to the parent."""
+    import torch
+    from transformers.utils import logging
+
+    global _asked
+    _asked = asked
+    for number in (signal.SIGTERM, signal.SIGINT):  # a terminal's Ctrl-C goes to every process
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def check() -> None:
+    """End this job here if the demo was asked to stop.
+
+    Raises:
+        StoppedError: it was.
+    """
+    if _asked is not None and _asked.is_set():
+        raise StoppedError("asked to stop")
+
+
+def train(config: RunConfig) -> Trainer:
+    """Run to the end, or to the end of the step in which the demo is asked to stop.
+
+    Raises:
+        StoppedError: it was asked to, and has saved the step.
+    """
+    from airl_fast.trainer import Trainer
+
+    check()
+    trainer = Trainer(config, should_stop=lambda: _asked is not None and _asked.is_set())
+    trainer.train()
+    if trainer.step < trainer.total_steps:
+        raise StoppedError("asked to stop")
+    return trainer
+
+
+def open_folder(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Make the demo's folder, or take up one of a demo that did not come to its end.
+
+    Raises:
+        ValueError: the folder holds something else, a finished demo or one of other settings.
+        WriteError: it cannot be written to.
+    """
+    text = json.dumps(settings) + "\n"
+    if folder.exists() and any(folder.iterdir()):
+        file = folder / _SETTINGS
+        if not file.is_file() or (folder / "metrics.json").exists():
+            raise ValueError(f"{folder} is not empty: choose another --output-dir or delete it")
+        if file.read_text("utf-8") != text:
+            raise ValueError(
+                f"{folder} holds a demo of other settings, {file.read_text('utf-8').strip()}: give "
+                "them again to go on with it, or choose another --output-dir"
+            )
+    with explained(str(folder)):
+        make_folder(folder)
+        write_text(folder / _SETTINGS, text)
