@@ -83,7 +83,7 @@ _e.refuses(
     "metadata that is no JSON",
     lambda t: Policy.from_pretrained(damaged(t, "policy", "airl_fast.json")),
     "airl_fast.json",
-    "copy or train it again",
+    "restore it from a copy",
 )
 _e.refuses(
     "model",
