@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-_Values = tuple[int, int, int]  # address, stride in elements, item_size (4 or 8)
+_Values = tuple[int, int, int, int]  # address, stride in elements, item_size (4 or 8), values
 _Spans = tuple[int, int]  # address of the int32 offsets, contiguous; spans
 
 def segment_sum(x: _Values, at: _Spans, mean: bool, threads: int, out: int) -> None: ...

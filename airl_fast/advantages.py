@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from airl_fast.ops.group_advantages import BASELINES, EPSILON, SCALES, check_group, check_others
-from airl_fast.ops.returns import discounted_returns
+from airl_fast.ops.returns import check_gamma, discounted_returns
 from airl_fast.ops.segments import check_offset_tensor, check_offsets, check_option, spread
 
 _NAME = "token_advantages"
@@ -59,19 +59,19 @@ def token_advantages(
             sequence, a non-finite reward, an unknown option, gamma outside [0, 1], or
             "leave_one_out" with a group of one (named).
     """
-    check_option(_NAME, "baseline", baseline, BASELINES)
+    check_advantages(gamma, baseline, level)
     check_option(_NAME, "scale", scale, SCALES)
-    check_option(_NAME, "level", level, ("sequence", "span"))
     returns = discounted_returns(rewards.detach(), cu_seq_spans, gamma)  # [S]
     check_group(_NAME, group, cu_seq_spans.shape[0] - 1, rewards.device)
     check_offset_tensor(_NAME, "cu_spans", cu_spans, rewards)
     if cu_spans.shape[0] != rewards.shape[0] + 1:
         raise ValueError(
             f"{_NAME}: expected cu_spans of {rewards.shape[0] + 1} offsets for "
-            f"{rewards.shape[0]} rewards, received {cu_spans.shape[0]}"
+            f"{rewards.shape[0]} rewards, received {cu_spans.shape[0]}; pass one span for each "
+            "reward"
         )
     tokens = int(cu_spans[-1])
-    check_offsets(_NAME, "cu_spans", cu_spans, tokens)
+    cu_spans = check_offsets(_NAME, "cu_spans", cu_spans, tokens)
     if baseline == "leave_one_out":
         check_others(_NAME, group)
 
@@ -96,6 +96,17 @@ def token_advantages(
     if scale == "std":
         advantages = advantages / (std + EPSILON)
     return spread(advantages.float(), cu_spans, tokens)
+
+
+def check_advantages(gamma: float, baseline: str, level: str) -> None:
+    """Refuse what `token_advantages` would, before there are any rewards.
+
+    Raises:
+        ValueError: gamma outside [0, 1], an unknown baseline or level.
+    """
+    check_option(_NAME, "baseline", baseline, BASELINES)
+    check_option(_NAME, "level", level, ("sequence", "span"))
+    check_gamma(_NAME, gamma)
 
 
 def _sum_by(label: Tensor, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from airl_fast.encoding import EncodedPair, PairEncoder, Prompt, text_offsets
 from airl_fast.scores import By, Scored, known
@@ -130,6 +130,8 @@ def project(
     """
     if credit not in ("last", "spread"):
         raise ValueError(f"expected credit 'last' or 'spread', received {credit!r}")
+    if by not in get_args(By):
+        raise ValueError(f"expected by='f' or 'reward', received {by!r}")
     if not ids:
         raise ValueError("expected token ids of the completion, received none")
     text, offsets = text_offsets(tuple(ids), tokenizer)

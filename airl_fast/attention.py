@@ -19,6 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from airl_fast import varlen
+from airl_fast.batch_checks import check_tokens
 from airl_fast.continuing import Continuation, Pass
 from airl_fast.layout import Bucket, PackedLayout, layout_of
 from airl_fast.packing import PackedBatch
@@ -297,13 +298,19 @@ def packed_forward(
         ValueError: the trunk is not enabled, has a head, or rotates by the longest sequence; the
             embeddings are not one per token.
     """
+    if not isinstance(batch, PackedBatch):
+        raise TypeError(
+            f"expected a PackedBatch, received {type(batch).__name__}: make one with "
+            "airl_fast.pack()"
+        )
     config = _enabled(trunk)
+    longest = check_tokens(trunk, batch, inputs_embeds is None)
     if inputs_embeds is not None and inputs_embeds.shape[:-1] != (batch.num_tokens,):
         raise ValueError(
             f"expected inputs_embeds of shape [{batch.num_tokens}, D], received "
             f"{tuple(inputs_embeds.shape)}: one row per token of the batch"
         )
-    _check_rope(config, int(batch.position_ids.max()) + 1)
+    _check_rope(config, longest)
     tokens = (
         {"input_ids": batch.input_ids[None]}
         if inputs_embeds is None

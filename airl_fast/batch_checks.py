@@ -1,10 +1,14 @@
 """What must hold between the fields of a PackedBatch, and the wording of errors."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from airl_fast.packing import PackedBatch
 
 _INT32 = ("cu_segments", "prefix", "cu_actions", "cu_spans", "cu_seq_spans")
 _USE_PACK = "build batches with airl_fast.pack()"
@@ -111,3 +115,24 @@ def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 def invalid(expected: str, received: object, remedy: str) -> ValueError:
     """Word an error the way of this house."""
     return ValueError(f"expected {expected}, received {received}: {remedy}")
+
+
+def check_tokens(trunk: nn.Module, batch: "PackedBatch", embedded: bool) -> int:
+    """Refuse a batch on another device, and token ids that the embeddings have no row for.
+
+    Returns:
+        The tokens of the longest sequence.
+    """
+    embeddings: Tensor = trunk.get_input_embeddings().weight  # type: ignore[operator]
+    if batch.device != embeddings.device:
+        raise ValueError(
+            f"the batch is on {batch.device} and the model on {embeddings.device}: move it with "
+            f"batch.to({str(embeddings.device)!r})"
+        )
+    largest, last = torch.stack([batch.input_ids.max(), batch.position_ids.max()]).tolist()
+    if embedded and largest >= len(embeddings):
+        raise ValueError(
+            f"expected token ids below {len(embeddings)}, the rows of the model's embeddings, "
+            f"received {largest}: encode with the model's own tokenizer"
+        )
+    return int(last) + 1

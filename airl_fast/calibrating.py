@@ -237,7 +237,10 @@ def _check(traces: Sequence[LabelledSteps], folds: int) -> None:
                 f"received {trace.label}: labels count the steps from 0"
             )
         if not np.all(np.isfinite(trace.f)) or len(trace.num_tokens) != steps:
-            raise ValueError(f"trace {i}: expected finite f and a token count of every step")
+            raise ValueError(
+                f"trace {i}: expected finite f and a token count of every step, received f of "
+                f"{trace.f} and {len(trace.num_tokens)} counts: leave the trace out"
+            )
     erroneous = sum(trace.label >= 0 for trace in traces)
     if min(erroneous, len(traces) - erroneous) < _LEAST:
         raise ValueError(

@@ -37,6 +37,7 @@ __all__ = [
     "RunSection",
     "SamplingConfig",
     "TaskConfig",
+    "check_is_config",
     "describe_config",
     "load_config",
     "recipes",
@@ -86,6 +87,19 @@ class _StrictLoader(yaml.SafeLoader):
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+def check_is_config(given: object) -> None:
+    """Refuse anything but a configuration that has been checked.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if not isinstance(given, RunConfig):
+        raise TypeError(
+            f"expected a RunConfig, received {type(given).__name__}: make one with "
+            "airl_fast.config.load_config"
+        )
 
 
 def load_yaml(text: str) -> Any:
@@ -198,7 +212,9 @@ def _read(source: str | os.PathLike[str]) -> tuple[str, str]:
         try:
             return name, path.read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{name}: cannot be read: {error}") from None
+            raise ConfigError(
+                f"{name}: cannot be read: {error}; check its rights, and save it as UTF-8"
+            ) from None
     known = ", ".join(recipes())
     if path.suffix in (".yaml", ".yml") or path.name != name:
         raise ConfigError(f"{name}: no such file; give a YAML file or a recipe ({known})")

@@ -24,6 +24,7 @@ from airl_fast.attention import (
     packed_forward,
     standard_attention,
 )
+from airl_fast.loading_checks import check_folder, check_options, known_device, whole_weights
 from airl_fast.model_files import check_adapter, check_model_folder, check_remote_code, no_pickle
 from airl_fast.ops.linear_logprob import linear_logprob
 from airl_fast.packing import PackedBatch
@@ -259,7 +260,10 @@ def load_language_model(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    device = known_device(device)
+    check_options(dtype, lora_rank)
     path = resolve(origin.model)
+    check_folder(path, origin.gguf_file)
     check_model_folder(Path(path), origin.gguf_file)
     where = {
         "trust_remote_code": origin.trust_remote_code,
@@ -269,7 +273,7 @@ def load_language_model(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     options = {} if origin.gguf_file else {"use_safetensors": True}
-    with no_pickle():
+    with no_pickle(), whole_weights(path):
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **where, **options)
     if origin.gguf_file:
         _forget_quantisation(model)
@@ -316,7 +320,7 @@ def load_saved(
     check_remote_code(trust_remote_code, origin.trust_remote_code, directory)
     check_adapter(directory)
     base = load_language_model(origin, dtype=dtype, device=device)
-    with no_pickle():
+    with no_pickle(), whole_weights(directory):
         model = PeftModel.from_pretrained(
             base.causal_lm, directory, adapter_name=adapter, is_trainable=True
         ).eval()

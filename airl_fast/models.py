@@ -12,7 +12,7 @@ The discriminator's energy f(s, a) has one of two heads:
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -29,6 +29,7 @@ from airl_fast.loading import (
     saved_dtype,
     write_metadata,
 )
+from airl_fast.loading_checks import known_device, whole_weights
 from airl_fast.ops.airl_score import AIRLScore, airl_score
 from airl_fast.ops.linear_logprob import linear_logprob
 from airl_fast.ops.segments import segment_mean, segment_sum
@@ -116,6 +117,7 @@ class Discriminator(nn.Module):
         offset: float = 0.0,
     ) -> None:
         super().__init__()
+        _check_parts(head, trunk, span_logp, shaping_gamma)
         if (body is None) != (trunk == "policy"):
             raise ValueError("a discriminator owns a body unless trunk='policy'")
         if trunk == "policy" and head != "score":
@@ -169,6 +171,7 @@ class Discriminator(nn.Module):
                 cannot start as a copy of the policy (``copy_body``).
         """
         body: LanguageModel | None
+        _check_parts(head, trunk, options.get("span_logp", "sum"), options.get("shaping_gamma"))
         if model is not None and trunk != "own":
             raise ValueError(
                 f"trunk={trunk!r} uses the policy's model, received model={model!r}: leave it out, "
@@ -358,7 +361,7 @@ class Discriminator(nn.Module):
         cls, directory: str | Path, *, device: str | torch.device = "cpu"
     ) -> Discriminator:
         """Load what ``save`` wrote, with the same bits. A shared backbone is loaded as its own."""
-        directory = Path(directory)
+        directory, device = Path(directory), known_device(device)
         values = read_metadata(directory, "discriminator")
         body = load_saved(directory, values["body"], device=device) if values["body"] else None
         discriminator = cls(
@@ -369,7 +372,9 @@ class Discriminator(nn.Module):
             shaping_gamma=values["shaping_gamma"],
             span_logp=values["span_logp"],
         )
-        saved = load_file(directory / "discriminator_head.safetensors")
+        head_file = directory / "discriminator_head.safetensors"
+        with whole_weights(head_file):
+            saved = load_file(head_file)
         with torch.no_grad():
             for name, parameter in discriminator.head_parameters().items():
                 parameter.copy_(saved[name])
@@ -385,6 +390,26 @@ class Discriminator(nn.Module):
         if policy_hidden is None:
             raise ValueError("trunk='policy' needs the policy's hidden states: pass policy_hidden")
         return policy_hidden.detach()
+
+
+def _check_parts(
+    head: object, trunk: object, span_logp: object, shaping_gamma: float | None
+) -> None:
+    for name, value, known in (
+        ("head", head, get_args(HeadKind)),
+        ("trunk", trunk, get_args(Trunk)),
+        ("span_logp", span_logp, get_args(SpanLogp)),
+    ):
+        if value not in known:
+            *first, last = map(repr, known)
+            raise ValueError(
+                f"expected {name} {', '.join(first)} or {last}, received {value!r}: choose one"
+            )
+    if shaping_gamma is not None and not 0 <= shaping_gamma <= 1:
+        raise ValueError(
+            f"expected shaping_gamma, a discount in [0, 1], received {shaping_gamma}: use the "
+            "discount of the returns"
+        )
 
 
 _UNLIKE = (

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from airl_fast.checkpoint import flatten_optimizer, restore_optimizer
+from airl_fast.ops._deferred import raise_failed
 
 
 class NonFiniteGradientError(FloatingPointError):
@@ -88,6 +89,7 @@ class Optimiser:
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         total = nn.utils.get_total_norm(gradients)
         norm = float(total)
+        raise_failed()  # reading the norm has waited for the GPU: what it found wrong is known
         if not math.isfinite(norm):
             error = self._non_finite(norm)
             self.adamw.zero_grad(set_to_none=True)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from enum import IntEnum
 from itertools import chain
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -43,7 +44,8 @@ class Trace:
         source: expert, policy or perturbed.
 
     Raises:
-        ValueError: an empty prompt, completion or span, or spans that do not cover the completion.
+        ValueError: an empty prompt, completion or span, what is no integer, an unknown source, or
+            spans that do not cover the completion.
     """
 
     prompt: tuple[int, ...]
@@ -63,6 +65,12 @@ class Trace:
                 )
             if not value:
                 raise invalid(f"Trace.{name} to have an entry", "none", "drop the trace")
+            if set(map(type, value)) != {int}:
+                strange = next((x for x in value if not isinstance(x, Integral)), None)
+                if strange is not None:
+                    raise invalid(
+                        f"Trace.{name} to hold integers", strange, "pass one sequence of token ids"
+                    )
             if min(value) < least:
                 raise invalid(
                     f"Trace.{name} to hold integers from {least} up", min(value), "check its maker"
@@ -72,6 +80,12 @@ class Trace:
                 f"Trace.span_lengths to sum to the {len(self.completion)} completion tokens",
                 sum(self.span_lengths),
                 "make them with airl_fast.spans.span_rule",
+            )
+        if self.source not in list(Source):
+            raise invalid(
+                f"Trace.source of {', '.join(map(str, Source))}",
+                self.source,
+                "pass one of airl_fast.Source",
             )
 
     @property
@@ -212,6 +226,7 @@ def pack(
     """
     if not traces:
         raise invalid("pack() to be given a trace", "none", "skip empty batches")
+    _check_traces(traces)
     members = _by_prompt(traces) if share_prompts else [[b] for b in range(len(traces))]
     segments: list[tuple[int, ...]] = []  # token ids
     prefix: list[int] = []
@@ -272,9 +287,12 @@ def plan_micro_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
     Raises:
         ValueError: a sequence is longer than the budget, or has no tokens.
     """
-    sizes = np.asarray(lengths, np.int64)
-    if not sizes.size:
+    given = np.asarray(lengths)
+    if not given.size:
         return []
+    if given.dtype.kind not in "iu":
+        raise invalid("lengths to be whole numbers", lengths[0], "pass whole numbers of tokens")
+    sizes = given.astype(np.int64)
     longest, shortest = int(sizes.argmax()), int(sizes.argmin())
     if sizes[longest] > budget:
         raise _too_long(int(sizes[longest]), longest, budget)
@@ -329,6 +347,7 @@ def plan_traces(
     """
     if ranks < 1:
         raise invalid("ranks of 1 or more", ranks, "pass the number of processes")
+    _check_traces(traces)
     units: list[list[int]] = []
     for same in _by_prompt(traces) if share_prompts else [[b] for b in range(len(traces))]:
         longest = max(same, key=lambda b: len(traces[b].completion))
@@ -394,6 +413,15 @@ def _halve_largest(
         [*(units[u] for u in rest), *halves],
         [*(sizes[u] for u in rest), *map(tokens, halves)],
     )
+
+
+def _check_traces(traces: Sequence[Trace]) -> None:
+    for i, trace in enumerate(traces):
+        if not isinstance(trace, Trace):
+            raise TypeError(
+                f"expected traces, received {type(trace).__name__} at index {i}: make each with "
+                "airl_fast.Trace"
+            )
 
 
 def _by_prompt(traces: Sequence[Trace]) -> list[list[int]]:

@@ -104,7 +104,10 @@ def rank(
             "list or a function that reads them"
         )
     if answers is not None and len(answers) != len(scored):
-        raise ValueError(f"expected {len(scored)} answers, one a completion, got {len(answers)}")
+        raise ValueError(
+            f"expected {len(scored)} answers, one a completion, "
+            f"received {len(answers)}: pass None for one without an answer"
+        )
     votes: tuple[Vote, ...] = ()
     if method != "best":
         assert answers is not None

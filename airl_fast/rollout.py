@@ -57,13 +57,34 @@ def sample(
         ``len(prompts) * group_size`` rollouts.
 
     Raises:
-        ValueError: an empty prompt, or a temperature below 0.
+        ValueError: an empty prompt, a token id that the policy does not know, or an option out of
+            its range.
     """
     empty = [i for i, prompt in enumerate(prompts) if not len(prompt)]
     if empty:
         raise ValueError(f"prompt {empty[0]} is empty: expected at least one token")
-    if temperature < 0:
-        raise ValueError(f"temperature must be at least 0, received {temperature}")
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(
+            f"temperature must be at least 0, received {temperature}: 1 draws from the policy "
+            "itself, 0 decodes greedily"
+        )
+    for name, number in (
+        ("group_size", group_size),
+        ("max_new_tokens", max_new_tokens),
+        ("batch_size", batch_size),
+    ):
+        if number < 1:
+            raise ValueError(f"expected a {name} of 1 or more, received {number}: raise it")
+    if "" in stop:
+        raise ValueError("expected stop strings of a character or more, received '': leave it out")
+    vocabulary = policy.head.weight.shape[0]
+    for i, prompt in enumerate(prompts):
+        for token in prompt:
+            if not isinstance(token, int) or not 0 <= token < vocabulary:
+                raise ValueError(
+                    f"prompt {i}: expected token ids from 0 to {vocabulary - 1}, received "
+                    f"{token!r}: encode with the model's own tokenizer"
+                )
     # Prompts of like length go together, so that little of a batch is padding.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     per_batch = max(1, batch_size // group_size)

@@ -70,7 +70,10 @@ class RunFolder:
         latest = latest_checkpoint(self._checkpoints) if self._checkpoints.exists() else None
         if latest is None:
             if resume == "must":
-                raise ValueError(f"{self.path} holds no checkpoint and run.resume=must")
+                raise ValueError(
+                    f"{self.path} holds no checkpoint and run.resume=must: set run.resume=auto to "
+                    "start a new one"
+                )
             if used and (self.path / "config.yaml").exists():
                 self._check_same(_jsonable(asdict(load_config(self.path / "config.yaml"))))
             self._write("")

@@ -17,6 +17,7 @@ from airl_fast.alignment import Aligner
 from airl_fast.calibration import Calibration
 from airl_fast.encoding import Completion, EncodedPair, PairEncoder, Prompt
 from airl_fast.loading import LanguageModel
+from airl_fast.loading_checks import known_device
 from airl_fast.models import Discriminator, Policy
 from airl_fast.ranking import (
     AnswerReader,
@@ -85,6 +86,11 @@ class RewardScorer:
             )
         if passes not in (None, *get_args(Passes)):
             raise ValueError(f"expected passes='alone' or 'packed', received {passes!r}")
+        if token_budget is not None and token_budget < 1:
+            raise ValueError(
+                f"expected a token_budget of 1 or more, received {token_budget}: leave it out, or "
+                "raise it"
+            )
         self.discriminator = discriminator.eval()
         self.policy = policy if policy is None else policy.eval()
         self.trained = trained
@@ -135,7 +141,7 @@ class RewardScorer:
         Raises:
             ValueError: no trained reward there, or one that needs a policy and has none.
         """
-        directory = Path(directory)
+        directory, device = Path(directory), known_device(device)
         reward = reward_folder(directory)
         trained = read_trained(reward)
         if policy is None and reward != directory and (directory / "policy").is_dir():

@@ -50,6 +50,10 @@ def span_rule(
         raise ValueError(
             f"expected granularity {', '.join(get_args(Granularity))}, received {granularity!r}"
         )
+    if granularity == "interval" and not isinstance(interval, int):
+        raise ValueError(
+            f"expected an interval of tokens, received {interval!r}: pass a whole number of tokens"
+        )
     if granularity == "interval" and interval < 1:
         raise ValueError(f"expected an interval of 1 token or more, received {interval}: raise it")
     ends: Callable[[Sequence[int]], list[int]]

@@ -27,7 +27,7 @@ from airl_fast.batches import (
     encode,
 )
 from airl_fast.building import create_discriminator, load_policy
-from airl_fast.config import RunConfig
+from airl_fast.config import RunConfig, check_is_config
 from airl_fast.evaluation import auc
 from airl_fast.guards import Guards
 from airl_fast.learners import (
@@ -78,6 +78,7 @@ class Trainer:
         on_step: Callable[[dict[str, Any]], None] | None = None,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
+        check_is_config(config)
         if config.run.threads is not None:
             torch.set_num_threads(config.run.threads)
         self.config = config

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <stdexcept>
+#include <string>
 #include <tuple>
 
 #include "bindings_eager.h"
@@ -23,24 +24,27 @@ View<T> view(std::uintptr_t address, std::int64_t stride) {
   return {reinterpret_cast<const T*>(address), stride};
 }
 
-// address, stride in elements, item size
-using Values = std::tuple<std::uintptr_t, std::int64_t, std::int64_t>;
+// address, stride in elements, item size, values
+using Values = std::tuple<std::uintptr_t, std::int64_t, std::int64_t, std::int64_t>;
+using Spans = std::tuple<std::uintptr_t, std::int64_t>;  // address of the offsets, spans
 
-// Calls run(view) for x of float32 (item size 4) or float64 (8), without the interpreter lock.
+// Calls run(view, offsets) for x of float32 (item size 4) or float64 (8), without the interpreter
+// lock. Offsets that are no partition of the values are refused before any value is touched.
 template <typename F>
-void for_each_dtype(const Values& x, F run) {
-  const auto [address, stride, item_size] = x;
+void for_each_dtype(const Values& x, const Spans& spans, F run) {
+  const auto [address, stride, item_size, total] = x;
   if (item_size != 4 && item_size != 8) {
     throw std::invalid_argument("item_size must be 4 (float32) or 8 (float64)");
   }
+  const airl_fast::Offsets at{reinterpret_cast<const std::int32_t*>(std::get<0>(spans)),
+                              std::get<1>(spans)};
+  if (at.spans < 0 || !airl_fast::partitions(at, total)) {
+    throw std::invalid_argument("expected offsets that run from 0 to " + std::to_string(total) +
+                                ", the number of values, and rise at every step; received others: "
+                                "check that both describe the same batch");
+  }
   py::gil_scoped_release unlocked;
-  item_size == 4 ? run(view<float>(address, stride)) : run(view<double>(address, stride));
-}
-
-using Spans = std::tuple<std::uintptr_t, std::int64_t>;  // address of the offsets, spans
-
-airl_fast::Offsets spans(const Spans& at) {
-  return {reinterpret_cast<const std::int32_t*>(std::get<0>(at)), std::get<1>(at)};
+  item_size == 4 ? run(view<float>(address, stride), at) : run(view<double>(address, stride), at);
 }
 
 float* output(std::uintptr_t address) { return reinterpret_cast<float*>(address); }
@@ -79,7 +83,7 @@ airl_fast::Spans<T> spans_of(const Discriminator& all) {
   const auto of = [](const Vector& v) { return view<T>(std::get<0>(v), std::get<1>(v)); };
   const Vector& expert = std::get<4>(all);
   return {of(std::get<0>(all)), of(std::get<1>(all)), of(std::get<2>(all)),
-          reinterpret_cast<const bool*>(std::get<0>(expert)), std::get<1>(expert),
+          reinterpret_cast<const unsigned char*>(std::get<0>(expert)), std::get<1>(expert),
           std::get<5>(all)};
 }
 
@@ -106,8 +110,8 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "segment_sum",
       [](const Values& x, const Spans& at, bool mean, int threads, std::uintptr_t out) {
-        for_each_dtype(x, [=](auto values) {
-          airl_fast::segment_sum(values, spans(at), mean, threads, output(out));
+        for_each_dtype(x, at, [=](auto values, airl_fast::Offsets offsets) {
+          airl_fast::segment_sum(values, offsets, mean, threads, output(out));
         });
       },
       py::arg("x"), py::arg("at"), py::arg("mean"), py::arg("threads"), py::arg("out"));
@@ -115,8 +119,8 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "segment_last",
       [](const Values& x, const Spans& at, int threads, std::uintptr_t out) {
-        for_each_dtype(x, [=](auto values) {
-          airl_fast::segment_last(values, spans(at), threads, output(out));
+        for_each_dtype(x, at, [=](auto values, airl_fast::Offsets offsets) {
+          airl_fast::segment_last(values, offsets, threads, output(out));
         });
       },
       py::arg("x"), py::arg("at"), py::arg("threads"), py::arg("out"));
@@ -124,8 +128,8 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "segment_softmax",
       [](const Values& x, const Spans& at, int threads, std::uintptr_t out) {
-        for_each_dtype(x, [=](auto values) {
-          airl_fast::segment_softmax(values, spans(at), threads, output(out));
+        for_each_dtype(x, at, [=](auto values, airl_fast::Offsets offsets) {
+          airl_fast::segment_softmax(values, offsets, threads, output(out));
         });
       },
       py::arg("x"), py::arg("at"), py::arg("threads"), py::arg("out"));
@@ -134,8 +138,8 @@ PYBIND11_MODULE(_C, m) {
       "discounted_scan",
       [](const Values& x, const Spans& at, double gamma, bool forwards, int threads,
          std::uintptr_t out) {
-        for_each_dtype(x, [=](auto values) {
-          airl_fast::discounted_scan(values, spans(at), gamma, forwards, threads, output(out));
+        for_each_dtype(x, at, [=](auto values, airl_fast::Offsets offsets) {
+          airl_fast::discounted_scan(values, offsets, gamma, forwards, threads, output(out));
         });
       },
       py::arg("x"), py::arg("at"), py::arg("gamma"), py::arg("forwards"), py::arg("threads"),

@@ -32,7 +32,7 @@ template <typename T>
 void total_weights(const Spans<T>& spans, double totals[2]) {
   totals[0] = totals[1] = 0.0;
   for (std::int64_t i = 0; i < spans.count; ++i) {
-    totals[spans.is_expert[i * spans.expert_stride]] += weight_of(spans, i);
+    totals[spans.is_expert[i * spans.expert_stride] != 0] += weight_of(spans, i);
   }
 }
 
@@ -42,7 +42,7 @@ template <typename T>
 void discriminator_loss(const Spans<T>& spans, const DiscriminatorOptions& options, double* out) {
   Class classes[2];  // policy, expert
   for (std::int64_t i = 0; i < spans.count; ++i) {
-    const bool expert = spans.is_expert[i * spans.expert_stride];
+    const bool expert = spans.is_expert[i * spans.expert_stride] != 0;
     const double x = logit_expert_is_high(spans, options, i), w = weight_of(spans, i);
     // exp of a number of at most 0 cannot overflow: softplus(x) = max(x, 0) + log(1 + e).
     const double e = std::exp(-std::fabs(x)), softplus = std::fmax(x, 0.0) + std::log1p(e);
@@ -81,7 +81,7 @@ void discriminator_gradient(const Spans<T>& spans, const DiscriminatorOptions& o
   double totals[2];
   total_weights(spans, totals);
   for (std::int64_t i = 0; i < spans.count; ++i) {
-    const bool expert = spans.is_expert[i * spans.expert_stride];
+    const bool expert = spans.is_expert[i * spans.expert_stride] != 0;
     const double w = grad * weight_of(spans, i);
     if (options.critic) {
       out[i] = over(expert ? -w : w, totals[expert]);

@@ -17,7 +17,7 @@ struct DiscriminatorOptions {
 template <typename T>
 struct Spans {
   View<T> f, logp, weight;
-  const bool* is_expert;
+  const unsigned char* is_expert;  // 0, or anything else for True
   std::int64_t expert_stride, count;
 };
 

@@ -8,6 +8,12 @@ import triton.language as tl
 
 
 @triton.jit
+def column_of(target, vocab):
+    """The column of an int64 target, int32; -1 where it is none: nothing may be read there."""
+    return tl.where((target >= 0) & (target < vocab), target, -1).to(tl.int32)
+
+
+@triton.jit
 def tanh_and_slope(y):
     """Tanh of y, and ``1 - tanh(y)^2``, for float32 of any shape; NaN comes through.
 

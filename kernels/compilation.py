@@ -152,7 +152,7 @@ def _rows() -> Iterator[Case]:
 
 
 def _segments() -> Iterator[Case]:
-    types = {"cu": "*i32", "out": "*fp32", "segments": "i32"}
+    types = {"cu": "*i32", "out": "*fp32", "segments": "i32", "total": "i32"}
     for config in SEGMENT_CONFIGS:
         size = {"ROWS": config.ROWS, "COLUMNS": config.COLUMNS}
         opts = options(config.warps)
@@ -172,7 +172,13 @@ def _segments() -> Iterator[Case]:
 def _spans() -> Iterator[Case]:
     opts = options(warps=4)
     types = {"bias": "*fp32", "logp": "*fp32", "cu": "*i32", "edges": "*i32", "reward": "*fp32"}
-    types |= {"f": "*fp32", "width": "i32", "hidden_stride": "i32", "weight_stride": "i32"}
+    types |= {
+        "f": "*fp32",
+        "total": "i32",
+        "width": "i32",
+        "hidden_stride": "i32",
+        "weight_stride": "i32",
+    }
     types["gamma"] = "fp32"
     flags = {"SHAPED": True, "MEAN": True, "AIRL": True, "WIDTH": discriminator._WIDTH}
     for dtype in _TYPES:

@@ -28,7 +28,7 @@ def dot(x, w, width, WIDTH: tl.constexpr):
     return tl.sum(total, 0)
 
 
-@triton.jit(do_not_specialize=["logp", "cu", "edges", "bias", "reward", "f"])
+@triton.jit(do_not_specialize=["logp", "cu", "edges", "bias", "reward", "f", "total"])
 def span_kernel(
     hidden,  # [N, F] of the discriminator
     weight,  # [1 or 2, F]
@@ -38,6 +38,7 @@ def span_kernel(
     edges,  # [S] int32: 1 first of its sequence, 2 last, 3 both; anything without SHAPED
     reward,  # [S] float32
     f,  # [S] float32
+    total,  # N
     width,
     hidden_stride,
     weight_stride,
@@ -47,27 +48,31 @@ def span_kernel(
     AIRL: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """F and reward of one span, read at its last action."""
+    """F and reward of one span, read at its last action; NaN where the offsets leave it none."""
     span = tl.program_id(0).to(tl.int64)
     first, stop = tl.load(cu + span).to(tl.int64), tl.load(cu + span + 1).to(tl.int64)
+    first = tl.minimum(tl.maximum(first, 0), total)
+    stop = tl.minimum(tl.maximum(stop, first), total)
+    width = tl.where(stop > first, width, 0)  # of an empty span nothing is read
     last = hidden + (stop - 1) * hidden_stride
     energy = dot(last, weight, width, WIDTH) + tl.load(bias)
+    energy = tl.where(stop > first, energy, float("nan"))
     if SHAPED:
         edge = tl.load(edges + span)
         h_bias = tl.load(bias + 1)
         potential = weight + weight_stride
         if edge < 2:  # not the last of its sequence
             energy += gamma * (dot(last, potential, width, WIDTH) + h_bias)
-        if edge % 2 == 0:  # not the first; the span before ends where this one begins
+        if (edge % 2 == 0) & (first > 0):  # the span before ends where this one begins
             before = hidden + (first - 1) * hidden_stride
             energy -= dot(before, potential, width, WIDTH) + h_bias
     tl.store(f + span, energy)
     if AIRL:
-        total = tl.zeros((WIDTH,), tl.float64)
+        sums = tl.zeros((WIDTH,), tl.float64)
         for start in range(first, stop, WIDTH):
             place = start + tl.arange(0, WIDTH)
-            total += tl.load(logp + place, mask=place < stop, other=0.0).to(tl.float64)
-        log_pi = tl.sum(total, 0)
+            sums += tl.load(logp + place, mask=place < stop, other=0.0).to(tl.float64)
+        log_pi = tl.sum(sums, 0)
         if MEAN:
             log_pi = log_pi / (stop - first).to(tl.float64)
         energy -= log_pi.to(tl.float32)
@@ -292,6 +297,7 @@ def span_scores(
             edges,
             reward,
             f,
+            len(hidden),
             hidden.shape[1],
             hidden.stride(0),
             weight.stride(0),

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from airl_fast.kernels._maths import rescale, shape_logits
+from airl_fast.kernels._maths import column_of, rescale, shape_logits
 from airl_fast.kernels.launch import (
     DotConfig,
     capability,
@@ -104,7 +104,7 @@ def split_kernel(
 
     # 64-bit offsets to the block and the tile, 32 bits within: a tile's pointers fit registers.
     place = tl.minimum(tl.arange(0, BM), count - 1 - block * BM)  # repeats are not stored
-    target = tl.load(targets + block * BM + place).to(tl.int32)
+    target = column_of(tl.load(targets + block * BM + place), vocab)
     inside = tl.arange(0, BK)
     x_start = hidden + (block * BM).to(tl.int64) * hidden_stride
     x_offset = place[:, None] * hidden_stride + inside[None, :]
@@ -112,7 +112,7 @@ def split_kernel(
     largest = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     gap = tl.zeros((BM,), tl.float32)
-    taken = tl.zeros((BM,), tl.float32)
+    taken = tl.where(target < 0, float("nan"), 0.0)
     left = split * TILES * BN
     w_start = weight + left.to(tl.int64) * weight_stride
     for start in range(left, tl.minimum(left + TILES * BN, vocab), BN):
@@ -223,7 +223,7 @@ def read_head(
         hidden: ``[N, D]`` bfloat16, float16 or float32, contiguous within a row.
         weight: ``[V, D]``, likewise. Two half tensors of one dtype are multiplied in it on the
             tensor cores; anything else in float32, without them ("ieee").
-        targets: ``[K]`` int64, in ``[0, V)``.
+        targets: ``[K]`` int64; logp of a row whose target is not in ``[0, V)`` is NaN.
         head: how logits become z.
         index: ``[K]`` int64, or None for all N rows (K = N). The rows are copied, one launch's
             at a time.

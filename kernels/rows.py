@@ -2,14 +2,15 @@
 
 They implement `airl_fast.ops._gpu_rows.RowKernels`. A row is read in blocks; each lane keeps sums
 relative to the largest z of the row so far, so that only the maximum is exchanged per block. The
-blocks that lie wholly inside the row need no mask, whatever V is.
+blocks that lie wholly inside the row need no mask, whatever V is. A target outside ``[0, V)`` reads
+nothing: its row's log p and gradient are NaN.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from airl_fast.kernels._maths import rescale, shape_logits
+from airl_fast.kernels._maths import column_of, rescale, shape_logits
 from airl_fast.kernels.launch import RowConfig, on_device, row_config
 from airl_fast.ops._gpu_rows import RowHead
 from airl_fast.ops._policy_terms import ActionLoss, Actions
@@ -63,7 +64,8 @@ def read_row(
 ):  # fmt: skip
     """Largest z, sum of exp(z - largest), mean gap, and z of the target, of the row at ``a``."""
     lanes = tl.arange(0, BLOCK)
-    taken, _ = load_z(a, bias, target, vocab, head, False, HAS_BIAS, CAPPED)
+    taken, _ = load_z(a, bias, tl.maximum(target, 0), vocab, head, False, HAS_BIAS, CAPPED)
+    taken = tl.where(target < 0, float("nan"), taken)
     stats = (
         tl.full((), float("-inf"), tl.float32),
         tl.zeros((BLOCK,), tl.float32),
@@ -128,7 +130,8 @@ def write_row(
     x = tl.where(taken > largest, 0.0, taken - largest)
     p = tl.exp(x.to(tl.float64)) / total.to(tl.float64)
     at_target = (slope * (d_logp * (1.0 - p) - d_entropy * p * (x + gap))).to(tl.float32)
-    coefficients = -scale * d_logp, -scale * d_entropy, at_target
+    everywhere = tl.where(target < 0, float("nan"), -scale * d_logp)
+    coefficients = everywhere, -scale * d_entropy, at_target
     lanes = tl.arange(0, BLOCK)
     whole = vocab // BLOCK * BLOCK
     for start in range(0, whole, BLOCK):
@@ -164,7 +167,7 @@ def read_kernel(
     """Log p and entropy of one row, and what `differentiate_kernel` needs of it."""
     row = tl.program_id(0).to(tl.int64)
     head = inner, outer
-    target = tl.load(targets + row).to(tl.int32)
+    target = column_of(tl.load(targets + row), vocab)
     found = read_row(
         logits + row * stride, bias, vocab, target, head, HAS_BIAS, CAPPED, ENTROPY, BLOCK
     )
@@ -204,7 +207,7 @@ def differentiate_kernel(
     row = tl.program_id(0).to(tl.int64)
     head = inner, outer
     a = logits + row * stride
-    target = tl.load(targets + row).to(tl.int32)
+    target = column_of(tl.load(targets + row), vocab)
     if KEPT:
         at = stats + row * 4
         found = tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
@@ -258,7 +261,7 @@ def policy_kernel(
     row = tl.program_id(0).to(tl.int64)
     head = inner, outer
     a = logits + row * stride
-    target = tl.load(targets + row).to(tl.int32)
+    target = column_of(tl.load(targets + row), vocab)
     found = read_row(a, bias, vocab, target, head, HAS_BIAS, CAPPED, True, BLOCK)
     log_p, h = log_prob(found)
     tl.store(logp + row, log_p)

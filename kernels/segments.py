@@ -16,29 +16,36 @@ _MODES = ("sum", "mean", "last")
 
 
 @triton.jit
-def bounds(cu, segments, ROWS: tl.constexpr):
-    """First value, length and number of a program's segments; 0 long past the last."""
+def bounds(cu, segments, total, ROWS: tl.constexpr):
+    """First value, length and number of a program's segments; 0 long past the last.
+
+    Inside the ``total`` values, whatever the offsets are.
+    """
     segment = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     exists = segment < segments
     first = tl.load(cu + segment, mask=exists, other=0).to(tl.int64)
     stop = tl.load(cu + segment + 1, mask=exists, other=0).to(tl.int64)
+    first = tl.minimum(tl.maximum(first, 0), total)
+    stop = tl.minimum(tl.maximum(stop, first), total)
     return first, stop - first, segment, exists
 
 
-@triton.jit(do_not_specialize=["x", "cu", "out", "segments"])
+@triton.jit(do_not_specialize=["x", "cu", "out", "segments", "total"])
 def reduce_kernel(
     x,  # [N]
     cu,  # [S + 1] int32
     out,  # [S] float32
     segments,
+    total,
     MODE: tl.constexpr,  # 0 sum, 1 mean, 2 last
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """Reduce ROWS segments to a number each."""
-    first, length, segment, exists = bounds(cu, segments, ROWS)
+    first, length, segment, exists = bounds(cu, segments, total, ROWS)
     if MODE == 2:
-        value = tl.load(x + first + length - 1, mask=exists, other=0.0).to(tl.float64)
+        at = x + first + length - 1
+        value = tl.load(at, mask=length > 0, other=float("nan")).to(tl.float64)
     else:
         total = tl.zeros((ROWS, COLUMNS), tl.float64)
         for start in range(0, tl.max(length, 0), COLUMNS):
@@ -51,17 +58,18 @@ def reduce_kernel(
     tl.store(out + segment, value.to(tl.float32), mask=exists)
 
 
-@triton.jit(do_not_specialize=["x", "cu", "out", "segments"])
+@triton.jit(do_not_specialize=["x", "cu", "out", "segments", "total"])
 def softmax_kernel(
     x,  # [N]
     cu,  # [S + 1] int32
     out,  # [N] float32
     segments,
+    total,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """``exp(x - m) / sum of exp(x - m)`` within ROWS segments, m being the segment's largest."""
-    first, length, _, _ = bounds(cu, segments, ROWS)
+    first, length, _, _ = bounds(cu, segments, total, ROWS)
     longest = tl.max(length, 0)
     top = tl.full((ROWS, COLUMNS), float("-inf"), tl.float64)
     for start in range(0, longest, COLUMNS):
@@ -91,13 +99,14 @@ def follow(decay, value, next_decay, next_value):
     return decay * next_decay, value * next_decay + next_value
 
 
-@triton.jit(do_not_specialize=["x", "cu", "out", "gamma", "segments"])
+@triton.jit(do_not_specialize=["x", "cu", "out", "gamma", "segments", "total"])
 def scan_kernel(
     x,  # [N]
     cu,  # [S + 1] int32
     out,  # [N] float32
     gamma,  # [1] float64
     segments,
+    total,
     FORWARDS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -107,7 +116,7 @@ def scan_kernel(
     A block of COLUMNS is scanned as a composition of the steps; the last y of one block is carried
     into the next, so that any length is exact and no power of gamma is divided by.
     """
-    first, length, _, _ = bounds(cu, segments, ROWS)
+    first, length, _, _ = bounds(cu, segments, total, ROWS)
     discount = tl.load(gamma)
     lane = tl.arange(0, COLUMNS)[None, :]
     carry = tl.zeros((ROWS,), tl.float64)
@@ -164,5 +173,7 @@ def _launch(
     config = config or segment_config(len(x), segments)
     with on_device(x):
         kernel[(triton.cdiv(segments, config.ROWS),)](
-            x.contiguous(), cu.contiguous(), out, *more, segments, **constants, **config.constants()
+            *(x.contiguous(), cu.contiguous(), out, *more, segments, len(x)),
+            **constants,
+            **config.constants(),
         )

@@ -39,6 +39,8 @@ def platt_fit(score: ArrayLike, label: ArrayLike) -> Platt:
         label: [M], booleans, both present.
     """
     scores, labels = np.asarray(score, np.float64), np.asarray(label, np.float64)
+    if not np.all((labels == 0) | (labels == 1)):
+        raise ValueError(f"expected labels of 0 and 1, got {np.unique(labels)[:8]}")
     n1 = float(labels.sum())
     n0 = labels.size - n1
     if scores.shape != labels.shape or not np.isfinite(scores).all() or min(n1, n0) < 1:
@@ -140,8 +142,8 @@ def reliability(probability: ArrayLike, label: ArrayLike, bins: int = 10) -> Rel
     p, y = np.asarray(probability, np.float64), np.asarray(label, np.float64)
     if p.shape != y.shape or p.size == 0 or not ((p >= 0) & (p <= 1)).all() or bins < 1:
         raise ValueError(
-            f"expected probabilities in [0, 1], as many labels and a bin or more, got {p.size}, "
-            f"{y.size} and {bins}"
+            f"expected probabilities in [0, 1], as many labels and a bin or more, got {p.size}"
+            f"{f' from {p.min()} to {p.max()}' if p.size else ''}, {y.size} and {bins}"
         )
     place = np.minimum((p * bins).astype(int), bins - 1)
     count = np.bincount(place, minlength=bins)

@@ -316,6 +316,8 @@ def _units(values: ArrayLike) -> Array:
 
 
 def _resampled_means(values: Array, seed: int, n: int) -> Array:
+    if n < 1:
+        raise ValueError(f"expected resamples of 1 or more, got {n}; 2000 is the default")
     rng = np.random.default_rng(seed)
     return np.array([values[rng.integers(values.size, size=values.size)].mean() for _ in range(n)])
 

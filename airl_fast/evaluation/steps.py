@@ -62,6 +62,7 @@ def best_threshold(step_scores: Sequence[Sequence[float]], label: ArrayLike) -> 
         ValueError: traces with an error only, or without one only.
     """
     labels = np.asarray(label)
+    _check_steps(step_scores, labels)
     if (labels < 0).all() or (labels >= 0).all():
         raise ValueError(
             "expected traces with an error and traces without one, got one kind only; no "
@@ -95,6 +96,25 @@ def best_threshold(step_scores: Sequence[Sequence[float]], label: ArrayLike) -> 
             best = f1
             where = (score + after) / 2 if np.isfinite(after) else float(np.nextafter(score, after))
     return float(where)
+
+
+def _check_steps(step_scores: Sequence[Sequence[float]], labels: NDArray[np.int64]) -> None:
+    if len(step_scores) != len(labels):
+        raise ValueError(
+            f"expected one label per trace, got {len(step_scores)} traces and {len(labels)} labels"
+        )
+    for i, (row, true) in enumerate(zip(step_scores, labels, strict=True)):
+        scores = np.asarray(row, np.float64)
+        if scores.ndim != 1 or not scores.size or not np.isfinite(scores).all():
+            raise ValueError(
+                f"trace {i}: received scores of {list(row)}, expected one finite score or more; "
+                "leave it out"
+            )
+        if not -1 <= true < scores.size:
+            raise ValueError(
+                f"trace {i}: received a label of {true}, expected -1 or less than {scores.size}; "
+                "the steps count from 0"
+            )
 
 
 def cross_validated_first_error(

@@ -19,7 +19,7 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 
-from airl_fast.advantages import token_advantages
+from airl_fast.advantages import check_advantages, token_advantages
 from airl_fast.encoding import EncodedPair
 from airl_fast.integrations.rewards import Reduce, RewardReader, SpanRewards
 from airl_fast.passes import offsets
@@ -175,6 +175,7 @@ class DenseGRPOTrainer(GRPOTrainer):
         self.reward_reader = RewardReader(scorer=scorer, value=value)
         self._airl_dense = {"gamma": gamma, "baseline": baseline, "level": level}
         others = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
+        check_advantages(gamma, baseline, level)
         _check_dense(args, options)
         super().__init__(model, [self._own_rewards(), *others], args=_weighted(args), **options)
         if not _same_tokenizer(self.processing_class, scorer.tokenizer):

@@ -40,7 +40,8 @@ class RowKernels(Protocol):
     precision gradient): then element k is written where logit k / 2 was, and a kernel has to have
     read both before. What is past the end of a row is never read or written.
 
-    ``targets [R]`` int64 lie in ``[0, V)``; ``logp``, ``entropy``, ``d_logp`` and ``d_entropy``
+    ``targets [R]`` int64 lie in ``[0, V)``: of another nothing is read, and its row's logp and
+    gradient are NaN. ``logp``, ``entropy``, ``d_logp`` and ``d_entropy``
     ``[R]`` are float32 and contiguous. Every value of an output is overwritten, whatever it held.
     Rows are independent: no result depends on R or on the launch. NaN and infinities come through
     to logp or the entropy. R may be 0.

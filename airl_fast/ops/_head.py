@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from airl_fast.ops._arguments import require_number, require_tensors
+from airl_fast.ops._deferred import refuse_where
 from airl_fast.ops._finite import NonFiniteValueError
 
 CHUNK_BYTES = 128 * 2**20  # of one logits buffer; tests lower it to force many chunks
@@ -89,6 +91,7 @@ def check_head(hidden: Tensor, head: LinearHead, targets: Tensor) -> None:
         ValueError: a wrong shape, dtype, device or option; a sharded weight.
     """
     weight, bias, temperature, softcap, logit_scale = head
+    require_tensors("the head", hidden=hidden, weight=weight, targets=targets, bias=bias)
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if tensor is not None:
             _check_float(name, tensor)
@@ -98,7 +101,10 @@ def check_head(hidden: Tensor, head: LinearHead, targets: Tensor) -> None:
             "forward and backward inside deepspeed.zero.GatheredParameters([weight])"
         )
     if weight.dim() != 2:
-        raise ValueError(f"weight: expected shape [V, D], received {_shape(weight)}")
+        raise ValueError(
+            f"weight: expected shape [V, D], received {_shape(weight)}; pass the weight of the "
+            "language-model head"
+        )
     vocab, width = weight.shape
     if hidden.dim() != 2:
         raise ValueError(
@@ -115,7 +121,10 @@ def check_head(hidden: Tensor, head: LinearHead, targets: Tensor) -> None:
         raise ValueError(f"hidden {_shape(hidden)} does not fit weight {_shape(weight)}: {hint}")
     check_rows("targets", targets, hidden, torch.int64)
     if bias is not None and tuple(bias.shape) != (vocab,):
-        raise ValueError(f"bias: expected shape ({vocab},), received {_shape(bias)}")
+        raise ValueError(
+            f"bias: expected shape ({vocab},), received {_shape(bias)}; "
+            "pass one value per row of weight"
+        )
     for name, tensor in (("weight", weight), ("bias", bias)):
         _check_device(name, tensor, hidden)
     check_positive("temperature", temperature)
@@ -130,8 +139,8 @@ def check_rows(name: str, tensor: Tensor | None, hidden: Tensor, dtype: torch.dt
         return
     if tuple(tensor.shape) != (hidden.shape[0],):
         raise ValueError(
-            f"{name}: expected shape ({hidden.shape[0]},), one per row of hidden, "
-            f"received {_shape(tensor)}"
+            f"{name}: expected shape ({hidden.shape[0]},), received {_shape(tensor)}; "
+            "pass one value per row of hidden"
         )
     if dtype is None:
         _check_float(name, tensor)
@@ -144,28 +153,36 @@ def check_rows(name: str, tensor: Tensor | None, hidden: Tensor, dtype: torch.dt
 
 def check_positive(name: str, value: float, remedy: str = "pass a finite number above 0") -> None:
     """Refuse zero, negative, infinite and NaN values of an option."""
+    require_number(name, value)
     if not (value > 0 and math.isfinite(value)):
         raise ValueError(f"{name}: expected a finite number above 0, received {value}; {remedy}")
 
 
 def check_targets(targets: Tensor, vocab: int, ignore_index: int) -> None:
-    """Refuse targets outside ``[0, V)``. Reads values, so it belongs inside a custom op's body."""
+    """Refuse targets outside ``[0, V)``. Reads values, so it belongs inside a custom op's body.
+
+    On a GPU the refusal comes late (`_deferred`), and the kernels make NaN of such a row.
+    """
     bad = ((targets < 0) | (targets >= vocab)) & (targets != ignore_index)
-    if bad.any():
-        row = int(bad.nonzero()[0])
-        raise ValueError(
-            f"targets[{row}] = {int(targets[row])} is outside [0, {vocab}), the rows of weight, and"
-            f" is not ignore_index ({ignore_index}): check that the tokenizer is the model's, and"
-            " mask rows without a target with ignore_index"
-        )
+    refuse_where(
+        bad,
+        targets,
+        lambda row, target: (
+            f"targets[{row}] = {target} is outside [0, {vocab}), the rows of weight, and is not "
+            f"ignore_index ({ignore_index}): check that the tokenizer is the model's, and mask "
+            "rows without a target with ignore_index"
+        ),
+    )
 
 
 def check_finite(name: str, values: Tensor, remedy: str) -> None:
     """Refuse NaN and infinity in ``values [N]``. Reads values: for a custom op's body."""
-    bad = ~values.isfinite()
-    if bad.any():
-        first = int(bad.nonzero()[0])
-        raise NonFiniteValueError(f"{name}[{first}] is {float(values[first])}: {remedy}")
+    refuse_where(
+        ~values.isfinite(),
+        values,
+        lambda first, value: f"{name}[{first}] is {value}: {remedy}",
+        NonFiniteValueError,
+    )
 
 
 NON_FINITE_LOGITS = (
@@ -182,7 +199,8 @@ def _check_float(name: str, tensor: Tensor) -> None:
         )
     if tensor.dtype not in _FLOATS:
         raise ValueError(
-            f"{name}: expected bfloat16, float16, float32 or float64, received {tensor.dtype}"
+            f"{name}: expected bfloat16, float16, float32 or float64, received {tensor.dtype}; "
+            "convert with .float()"
         )
 
 

@@ -108,8 +108,10 @@ def gather_actions(
     rows = kept_rows(targets, IGNORE_INDEX)
     numbers = torch.arange(len(cu_seqs) - 1, device=targets.device)
     sequence = numbers.repeat_interleave(cu_seqs.diff().long(), output_size=len(targets))[rows]
-    _, local, count = torch.unique_consecutive(sequence, return_inverse=True, return_counts=True)
     if aggregation == "sequence":
+        _, local, count = torch.unique_consecutive(
+            sequence, return_inverse=True, return_counts=True
+        )
         share = (1.0 / (len(count) * count.to(dtype)))[local]
     else:
         total = normaliser if aggregation == "constant" else max(1, len(rows))

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from airl_fast.ops import _cpu_head, _cuda_extension, _cuda_spans, _triton
+from airl_fast.ops._arguments import require_tensors
+from airl_fast.ops._deferred import refuse_where
 from airl_fast.ops._head import LinearHead, check_head, no_autocast, present
 from airl_fast.ops.dispatch import implements, pick
 from airl_fast.ops.linear_logprob import linear_logprob
@@ -119,6 +121,7 @@ def airl_score(
     check_option(_OP, "form", form, ("airl", "logit"))
     check_head(hidden, LinearHead(weight, bias, temperature, softcap, logit_scale), targets)
     check_offset_tensor(_OP, "cu_spans", cu_spans, hidden)
+    require_tensors(_OP, disc_hidden=disc_hidden, disc_weight=disc_weight)
     _check_discriminator(weight, targets, disc_hidden, disc_weight, disc_head, disc_scale)
     _check_shaping(disc_weight, disc_head, shaping_gamma, cu_seq_spans, cu_spans)
     device = hidden.device
@@ -242,14 +245,17 @@ def _score(
     cu_seq_spans: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return reward [S], f [S], logp [N] and entropy [N]."""
-    check_offsets(_OP, "cu_spans", cu_spans, hidden.shape[0])
+    cu_spans = check_offsets(_OP, "cu_spans", cu_spans, hidden.shape[0])
     if cu_seq_spans is not None:
-        check_offsets(_OP, "cu_seq_spans", cu_seq_spans, cu_spans.shape[0] - 1)
-    if bool((targets < 0).any()):
-        raise ValueError(
-            f"{_OP}: expected a token id for every action, received {int(targets.min())}; "
+        cu_seq_spans = check_offsets(_OP, "cu_seq_spans", cu_seq_spans, cu_spans.shape[0] - 1)
+    refuse_where(
+        targets < 0,
+        targets,
+        lambda row, target: (
+            f"{_OP}: expected a token id for every action, received {target} as targets[{row}]; "
             "only actions are scored, so leave ignored rows out"
-        )
+        ),
+    )
     serving = pick("airl_score", *present(hidden, weight, disc_hidden, disc_weight, bias))
     head = LinearHead(weight, bias, temperature, softcap, logit_scale)
     disc = SpanHead(

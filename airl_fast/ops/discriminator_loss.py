@@ -12,6 +12,8 @@ from torch.nn.functional import softplus
 
 from airl_fast import _C
 from airl_fast.ops import _cuda_spans, _triton
+from airl_fast.ops._arguments import require_tensors
+from airl_fast.ops._deferred import refuse_where
 from airl_fast.ops._head import present
 from airl_fast.ops.dispatch import implements, pick
 from airl_fast.ops.segments import check_finite, check_option, check_vector, cpu_serves
@@ -103,6 +105,7 @@ def _check(f: Tensor, logp: Tensor, is_expert: Tensor, weight: Tensor | None) ->
                 f"discriminator_loss: expected {name} of shape {tuple(f.shape)} on {f.device}, as "
                 f"f is, received {tuple(x.shape)} on {x.device}; pass one value per span"
             )
+    require_tensors("discriminator_loss", is_expert=is_expert)
     if is_expert.shape != f.shape or is_expert.dtype != torch.bool or is_expert.device != f.device:
         raise ValueError(
             f"discriminator_loss: expected is_expert to be bool of shape {tuple(f.shape)} on "
@@ -126,14 +129,24 @@ def _loss(
     check_finite("discriminator_loss", "logp", logp)
     if weight is not None:
         check_finite("discriminator_loss", "weight", weight)
-        if bool((weight < 0).any()) or (f.shape[0] > 0 and not bool((weight > 0).any())):
-            raise ValueError(
-                "discriminator_loss: expected weights of at least 0, some above it, received "
-                f"{weight.min().item()} to {weight.max().item()}; leave out a batch that counts "
-                "for nothing"
-            )
+        _check_weights(weight)
     serving = pick("discriminator_loss", *present(f, logp, weight))
     return serving(f, logp, is_expert, weight, form, label_smoothing, temperature)
+
+
+def _check_weights(weight: Tensor) -> None:
+    """Refuse weights that are negative, or all 0."""
+    if weight.shape[0] == 0:
+        return
+    least, most = weight.aminmax()
+    refuse_where(
+        ((least < 0) | (most <= 0))[None],
+        torch.stack([least, most])[None],
+        lambda _, least, most: (
+            "discriminator_loss: expected weights of at least 0, some above it, received "
+            f"{least} to {most}; leave out a batch that counts for nothing"
+        ),
+    )
 
 
 @_loss.register_fake

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from airl_fast.ops._arguments import require_tensors
 from airl_fast.ops.dispatch import implements, pick
 from airl_fast.ops.segments import check_finite, check_option, check_vector
 
@@ -52,10 +53,12 @@ def group_advantages(
 
 def check_group(op: str, group: Tensor, members: int, device: torch.device) -> None:
     """Refuse group labels of the wrong shape, dtype or device."""
+    require_tensors(op, group=group)
     if group.shape != (members,) or group.dtype != torch.int64 or group.device != device:
         raise ValueError(
             f"{op}: expected group to hold {members} int64 labels on {device}, received shape "
-            f"{tuple(group.shape)} of {group.dtype} on {group.device}"
+            f"{tuple(group.shape)} of {group.dtype} on {group.device}; pass one label for each "
+            "reward, such as the number of its prompt"
         )
 
 

@@ -172,6 +172,7 @@ def _linear_logprob_backward(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """D hidden, d weight and d bias in the dtypes of the inputs; [0] where not needed."""
+    check_targets(targets, len(weight), ignore_index)
     backward = pick("linear_logprob_backward", *present(hidden, weight, bias))
     head = LinearHead(weight, bias, temperature, softcap, logit_scale)
     needs = need_hidden, need_weight, need_bias

@@ -4,13 +4,14 @@ N rows (actions), K of them not ignored, B sequences, D hidden size, V vocabular
 """
 
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from airl_fast.ops import _cpu_gradients, _cpu_head, _cuda_head, _triton
+from airl_fast.ops._arguments import require_tensors
+from airl_fast.ops._deferred import refuse_where
 from airl_fast.ops._finite import NonFiniteValueError
 from airl_fast.ops._head import (
     NON_FINITE_LOGITS,
@@ -26,7 +27,12 @@ from airl_fast.ops._head import (
     no_autocast,
     present,
 )
-from airl_fast.ops._policy_checks import check_modes, check_options
+from airl_fast.ops._policy_checks import (
+    check_modes,
+    check_options,
+    check_sequences,
+    sequence_offsets,
+)
 from airl_fast.ops._policy_terms import (
     IGNORE_INDEX,
     ActionLoss,
@@ -149,7 +155,7 @@ def linear_policy_loss(
     constants = {"advantages": advantages, "old_logp": old_logp, "ref_logp": ref_logp}
     for name, tensor in constants.items():
         _check_constant(name, tensor, hidden)
-    _check_offsets_tensor(cu_seqs, hidden)
+    check_sequences(cu_seqs, hidden)
     check_options(clip_low, clip_high, delta, beta, entropy_coef, ref_logp)
     check_modes(importance, aggregation, normaliser)
     differentiate = torch.is_grad_enabled()
@@ -183,22 +189,10 @@ def linear_policy_loss(
 
 
 def _check_constant(name: str, tensor: Tensor | None, hidden: Tensor) -> None:
+    require_tensors("linear_policy_loss", **{name: tensor})
     check_rows(name, tensor, hidden, None)
     if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} requires a gradient but is a constant of the loss: detach it")
-
-
-def _check_offsets_tensor(cu_seqs: Tensor, hidden: Tensor) -> None:
-    if cu_seqs.dim() != 1 or cu_seqs.shape[0] < 1 or cu_seqs.dtype != torch.int32:
-        raise ValueError(
-            "cu_seqs: expected int32 offsets of shape [B + 1], received "
-            f"{cu_seqs.dtype} of shape {tuple(cu_seqs.shape)}"
-        )
-    if cu_seqs.device != hidden.device:
-        raise ValueError(
-            f"cu_seqs is on {cu_seqs.device} but hidden is on {hidden.device}: "
-            "move them to one device"
-        )
 
 
 _DIFFERENTIABLE = {"hidden": 0, "weight": 1, "bias": 7}  # positions among the op's inputs
@@ -235,7 +229,7 @@ def _linear_policy_loss(
     the order of PolicyLossStats, logp [N] and entropy [N].
     """
     check_targets(targets, len(weight), IGNORE_INDEX)
-    _check_offsets(cu_seqs, len(hidden))
+    cu_seqs = sequence_offsets(cu_seqs, len(hidden))
     kept = targets != IGNORE_INDEX
     constants = {"advantages": advantages, "old_logp": old_logp, "ref_logp": ref_logp}
     for name, tensor in constants.items():
@@ -256,11 +250,15 @@ def _linear_policy_loss(
         )
     for name, result in (("logp", outputs[5]), ("entropy", outputs[6])):
         check_finite(name, result, NON_FINITE_LOGITS)
-    if not outputs[0].isfinite():
-        raise NonFiniteValueError(
-            f"the loss is {outputs[0].item()}: exp(logp - old_logp) or exp(ref_logp - logp) "
-            "overflows; compute old_logp and ref_logp with these targets and this temperature"
-        )
+    refuse_where(
+        ~outputs[0].isfinite()[None],
+        outputs[0][None],
+        lambda _, loss: (
+            f"the loss is {loss}: exp(logp - old_logp) or exp(ref_logp - logp) overflows; compute "
+            "old_logp and ref_logp with these targets and this temperature"
+        ),
+        NonFiniteValueError,
+    )
     return outputs
 
 
@@ -318,15 +316,6 @@ def _scaled(gradient: Tensor, d_loss: Tensor) -> Tensor:
 
 
 _linear_policy_loss.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _check_offsets(cu_seqs: Tensor, rows: int) -> None:
-    offsets = cu_seqs.tolist()
-    if offsets[0] != 0 or offsets[-1] != rows or any(a > b for a, b in pairwise(offsets)):
-        raise ValueError(
-            f"cu_seqs: expected offsets that start at 0, never decrease and end at N = {rows}, "
-            f"received {offsets if len(offsets) < 9 else [*offsets[:4], '...', *offsets[-4:]]}"
-        )
 
 
 @implements("linear_policy_loss", "reference")

@@ -13,6 +13,7 @@ from torch.compiler import is_dynamo_compiling
 
 from airl_fast import _C
 from airl_fast.ops import _cuda_spans, _triton
+from airl_fast.ops._arguments import require_number
 from airl_fast.ops._eager import recorded
 from airl_fast.ops.dispatch import implements, pick
 from airl_fast.ops.segments import (
@@ -49,15 +50,23 @@ def discounted_returns(rewards: Tensor, cu: Tensor, gamma: float) -> Tensor:
     if is_dynamo_compiling() or (out := _C.eager_returns(rewards, cu, gamma, False)) is None:
         check_vector("discounted_returns", "rewards", rewards)
         check_offset_tensor("discounted_returns", "cu", cu, rewards)
-        if not 0.0 <= gamma <= 1.0:
-            raise ValueError(f"discounted_returns: expected gamma in [0, 1], received {gamma}")
+        check_gamma("discounted_returns", gamma)
         return torch.ops.airl_fast.discounted_returns(rewards, cu, float(gamma), False)
     return _returns_recorded(rewards, cu, gamma, False) if out is False else out
 
 
+def check_gamma(op: str, gamma: float) -> None:
+    """Refuse what is no discount."""
+    require_number("gamma", gamma)
+    if not 0.0 <= gamma <= 1.0:
+        raise ValueError(
+            f"{op}: expected gamma in [0, 1], received {gamma}; 1 stands for no discount"
+        )
+
+
 @torch.library.custom_op("airl_fast::discounted_returns", mutates_args=())
 def _returns(x: Tensor, cu: Tensor, gamma: float, transpose: bool) -> Tensor:
-    check_offsets("discounted_returns", "cu", cu, x.shape[0])
+    cu = check_offsets("discounted_returns", "cu", cu, x.shape[0])
     if not transpose:  # gradients may overflow under loss scaling: the optimiser's to judge
         check_finite("discounted_returns", "rewards", x)
     return pick("discounted_returns", x)(x, cu, gamma, transpose)

@@ -14,6 +14,8 @@ from torch.compiler import is_dynamo_compiling
 
 from airl_fast import _C
 from airl_fast.ops import _cuda_spans, _triton
+from airl_fast.ops._arguments import require_tensors
+from airl_fast.ops._deferred import defers, refuse_where, sound_offsets
 from airl_fast.ops._eager import recorded
 from airl_fast.ops._finite import NonFiniteValueError
 from airl_fast.ops.dispatch import implements, pick
@@ -105,6 +107,7 @@ def segment_softmax(x: Tensor, cu: Tensor) -> Tensor:
 
 def check_vector(op: str, name: str, x: Tensor) -> None:
     """Refuse anything but a one-dimensional floating-point tensor."""
+    require_tensors(op, **{name: x})
     if x.ndim != 1 or not x.is_floating_point():
         raise ValueError(
             f"{op}: expected {name} to be one-dimensional and floating point, received shape "
@@ -114,6 +117,7 @@ def check_vector(op: str, name: str, x: Tensor) -> None:
 
 def check_offset_tensor(op: str, name: str, cu: Tensor, x: Tensor) -> None:
     """Refuse offsets of the wrong shape, dtype or device; ``check_offsets`` reads their values."""
+    require_tensors(op, **{name: cu})
     if cu.ndim != 1 or cu.shape[0] < 1 or cu.dtype != torch.int32:
         raise ValueError(
             f"{op}: expected {name} to hold int32 offsets of shape [spans + 1], received shape "
@@ -126,32 +130,49 @@ def check_offset_tensor(op: str, name: str, cu: Tensor, x: Tensor) -> None:
         )
 
 
-def check_offsets(op: str, name: str, cu: Tensor, total: int) -> None:
-    """Refuse offsets that do not cut ``total`` values into non-empty spans (one device sync)."""
-    stuck = cu[1:] <= cu[:-1]  # compared, not subtracted: a difference of int32 can overflow
-    first, last, wrong = torch.stack([cu[0], cu[-1], stuck.any().to(cu.dtype)]).tolist()
-    if first != 0 or last != total:
+def check_offsets(op: str, name: str, cu: Tensor, total: int) -> Tensor:
+    """Refuse offsets that do not cut ``total`` values into non-empty spans.
+
+    Returns:
+        The offsets to work with. On a GPU, where the refusal comes late (`_deferred`), they are
+        inside the values whatever was given.
+    """
+    late, spans = defers(cu.device), cu.shape[0] - 1
+    if late and (spans > total or (spans == 0 and total > 0)):  # what no offsets could make good
         raise ValueError(
+            f"{op}: expected {name} to cut {total} values into spans of one or more, received "
+            f"{spans + 1} offsets; check that both describe the same batch"
+        )
+    refuse_where(
+        ((cu[:1] != 0) | (cu[-1:] != total)),
+        torch.stack([cu[0], cu[-1]])[None],
+        lambda _, first, last: (
             f"{op}: expected {name} to run from 0 to {total}, the number of values, received "
             f"{first} to {last}; check that both describe the same batch"
-        )
-    if wrong:
-        span = int(stuck.nonzero()[0])
-        raise ValueError(
-            f"{op}: span {span} of {name} is empty or reversed, received offsets {int(cu[span])} "
-            f"to {int(cu[span + 1])}; every span needs at least one value: leave the empty ones out"
-        )
+        ),
+    )
+    refuse_where(
+        cu[1:] <= cu[:-1],  # compared, not subtracted: a difference of int32 can overflow
+        torch.stack([cu[:-1], cu[1:]], 1),
+        lambda span, start, end: (
+            f"{op}: span {span} of {name} is empty or reversed, received offsets {start} to {end}; "
+            "every span needs at least one value: leave the empty ones out"
+        ),
+    )
+    return sound_offsets(cu, total) if late else cu
 
 
 def check_finite(op: str, name: str, x: Tensor) -> None:
-    """Refuse NaN and infinities, naming the first (one device sync)."""
-    finite = torch.isfinite(x)
-    if not bool(finite.all()):
-        at = int((~finite).nonzero()[0])
-        raise NonFiniteValueError(
-            f"{op}: expected finite {name}, received {x[at].item()} at index {at}; "
+    """Refuse NaN and infinities, naming the first; on a GPU late (`_deferred`)."""
+    refuse_where(
+        ~torch.isfinite(x),
+        x,
+        lambda at, value: (
+            f"{op}: expected finite {name}, received {value} at index {at}; "
             "look for the overflow or the empty mean that made it"
-        )
+        ),
+        NonFiniteValueError,
+    )
 
 
 def check_option(op: str, name: str, value: object, known: Sequence[str]) -> None:
@@ -177,25 +198,25 @@ def cpu_serves(*tensors: Tensor) -> str | None:
 
 @torch.library.custom_op("airl_fast::segment_sum", mutates_args=())
 def _sum(x: Tensor, cu: Tensor) -> Tensor:
-    check_offsets("segment_sum", "cu", cu, x.shape[0])
+    cu = check_offsets("segment_sum", "cu", cu, x.shape[0])
     return pick("segment_sum", x)(x, cu)
 
 
 @torch.library.custom_op("airl_fast::segment_mean", mutates_args=())
 def _mean(x: Tensor, cu: Tensor) -> Tensor:
-    check_offsets("segment_mean", "cu", cu, x.shape[0])
+    cu = check_offsets("segment_mean", "cu", cu, x.shape[0])
     return pick("segment_mean", x)(x, cu)
 
 
 @torch.library.custom_op("airl_fast::segment_last", mutates_args=())
 def _last(x: Tensor, cu: Tensor) -> Tensor:
-    check_offsets("segment_last", "cu", cu, x.shape[0])
+    cu = check_offsets("segment_last", "cu", cu, x.shape[0])
     return pick("segment_last", x)(x, cu)
 
 
 @torch.library.custom_op("airl_fast::segment_softmax", mutates_args=())
 def _softmax(x: Tensor, cu: Tensor) -> Tensor:
-    check_offsets("segment_softmax", "cu", cu, x.shape[0])
+    cu = check_offsets("segment_softmax", "cu", cu, x.shape[0])
     return pick("segment_softmax", x)(x, cu)
 
 
@@ -237,7 +258,8 @@ def _mean_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
 
 def _last_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     (cu,) = ctx.saved_tensors
-    dx = grad.new_zeros(ctx.total).index_copy(0, cu[1:].long() - 1, grad)
+    ends = (cu[1:].long() - 1).clamp(0, ctx.total - 1)  # on a GPU they may not be checked yet
+    dx = grad.new_zeros(ctx.total).index_copy(0, ends, grad)
     return dx.to(ctx.dtype), None
 
 
@@ -275,8 +297,20 @@ def _last_recorded(x: Tensor, cu: Tensor) -> Tensor:
 
 
 def spread(values: Tensor, cu: Tensor, total: int) -> Tensor:
-    """Give every element its span's value: [S] -> [N]."""
-    return values.repeat_interleave(cu.diff(), output_size=total)
+    """Give every element its span's value: [S] -> [N].
+
+    On a GPU the offsets may not have been checked yet: there each element looks for its span, and
+    finds one whatever they are.
+    """
+    if cu.device.type == "cpu" or cu.shape[0] < 2:
+        return values.repeat_interleave(cu.diff(), output_size=total)
+    return values.index_select(0, found_owner(cu, total))
+
+
+def found_owner(cu: Tensor, total: int) -> Tensor:
+    """Look for the span of each of the N elements, [N] int64: one of the spans, in any case."""
+    place = torch.arange(total, dtype=cu.dtype, device=cu.device)
+    return torch.searchsorted(cu[1:].contiguous(), place, right=True).clamp(max=cu.shape[0] - 2)
 
 
 def _owner(cu: Tensor, total: int) -> Tensor:
@@ -339,9 +373,9 @@ def _softmax_cpu(x: Tensor, cu: Tensor) -> Tensor:
     return out
 
 
-def address(x: Tensor) -> tuple[int, int, int]:
-    """Describe a vector to C++: address, stride in elements, bytes per element."""
-    return x.data_ptr(), x.stride(0), x.element_size()
+def address(x: Tensor) -> tuple[int, int, int, int]:
+    """Describe a vector to C++: address, stride in elements, bytes per element, elements."""
+    return x.data_ptr(), x.stride(0), x.element_size(), x.shape[0]
 
 
 def cuts(cu: Tensor) -> tuple[int, int]:

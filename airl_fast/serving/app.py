@@ -46,8 +46,11 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if value <= 0:
-                raise ValueError(f"expected {name} above 0, received {value}: raise it")
+            if not 0 < value < float("inf"):
+                raise ValueError(
+                    f"expected {name} above 0 and finite, received {value}: raise it, or name a "
+                    "number"
+                )
 
 
 class Refused(Exception):  # noqa: N818  # an answer, not a fault

@@ -110,6 +110,8 @@ def listen(host: str, port: int, token: str | None) -> socket.socket:
         ValueError: the address can be reached from elsewhere and there is no token.
         OSError: it is taken, or does not exist.
     """
+    if not 0 <= port < 2**16:
+        raise ValueError(f"--port {port}: expected 0 to 65535, received {port}; 0 takes a free one")
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except socket.gaierror as error:
