@@ -163,7 +163,7 @@ def test_a_checkpoint_that_fits_its_manifest_may_still_be_damaged(tmp_path):
         (path / name).write_bytes(kept)
         (path / "manifest.json").write_text(before)
     (path / "manifest.json").write_text('{"format": 1, "files": [true]}')
-    with pytest.raises(CheckpointError, match="manifest.json omits tensors.safetensors"):
+    with pytest.raises(CheckpointError, match=r"manifest\.json omits tensors\.safetensors"):
         load_checkpoint(path)
     (path / "manifest.json").write_text(DEEP)
     with pytest.raises(CheckpointError, match="nested too deeply"):
