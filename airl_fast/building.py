@@ -9,8 +9,13 @@ from airl_fast.config import RunConfig
 from airl_fast.models import Discriminator, Policy
 
 
-def load_policy(config: RunConfig) -> Policy:
-    """The policy; a fresh adapter is drawn from the run's seed."""
+def load_policy(config: RunConfig, device: torch.device | None = None) -> Policy:
+    """The policy; a fresh adapter is drawn from the run's seed.
+
+    Args:
+        config: of the run.
+        device: where the weights go; by default ``run.device``, or a GPU where there is one.
+    """
     policy = config.policy
     torch.manual_seed(derive_seed(config.run.seed, "policy adapter", 0))
     return Policy.from_pretrained(
@@ -19,7 +24,7 @@ def load_policy(config: RunConfig) -> Policy:
         dtype=getattr(torch, policy.dtype),
         lora_rank=policy.lora_rank,
         lora_alpha=policy.lora_alpha,
-        device=config.run.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device=device or config.run.device or ("cuda" if torch.cuda.is_available() else "cpu"),
     )
 
 

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from airl_fast.distributed import place_like
 from airl_fast.durable import (
     explained,
     flush,
@@ -302,6 +303,7 @@ def restore_optimizer(
             if isinstance(value, tuple) and isinstance(group.get(key), list):
                 group[key] = tuple(group[key])  # AdamW's betas: JSON has no tuples
     _check_shapes(optimizer, state, prefix)
+    _cut(optimizer, state)
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
@@ -334,6 +336,15 @@ def _check_shapes(
                     f"{tuple(value.shape)}, the parameter here is {p.dtype} {tuple(p.shape)}; "
                     "build the model with the options and dtype of the run that is resumed"
                 )
+
+
+def _cut(optimizer: torch.optim.Optimizer, state: dict[int, dict[str, Any]]) -> None:
+    """Keep this rank's piece of the moments of sharded parameters."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, entries in state.items():
+        for key, value in entries.items():
+            if isinstance(value, Tensor) and value.dim():
+                entries[key] = place_like(value, parameters[index])
 
 
 def _dense(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -41,17 +41,19 @@ def train(arguments: argparse.Namespace) -> int:
 
     from rich.console import Console
 
+    from airl_fast.distributed import join, leave
     from airl_fast.progress import TrainingProgress, summary
     from airl_fast.stopping import StopSignals
     from airl_fast.trainer import Trainer
 
     _hush()
-    console = Console()
+    world = join(config.run.device)
+    console = Console(quiet=not world.first)
     folder = Path(config.run.output_dir)
     console.print(f"{config.algorithm.name} on {config.task.name}, in {folder}", highlight=False)
     with TrainingProgress(config.total_steps, console=console) as progress:
         stop = StopSignals()
-        trainer = Trainer(config, on_step=progress, should_stop=stop)
+        trainer = Trainer(config, world=world, on_step=progress, should_stop=stop)
         try:
             with stop:
                 history = trainer.train()
@@ -62,6 +64,7 @@ def train(arguments: argparse.Namespace) -> int:
                 file=sys.stderr,
             )
             return 130
+    leave(world)
     console.print(summary(history))
     if trainer.step < trainer.total_steps:
         print(

@@ -173,7 +173,7 @@ class Guards:
         found: tuple[str, int, int | None, str | None] | None = self.batch.first_non_finite()
         if isinstance(error, NonFiniteGradientError):
             report |= {"tensor": "gradient", "parameter": error.parameter}
-        elif found is None:
+        elif found is None and self.policy.world.size == 1:  # passes are made by all ranks
             found = self._recompute()
         if found is not None:
             tensor, trace, position, value = found

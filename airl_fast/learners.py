@@ -15,6 +15,7 @@ from torch import Tensor
 
 from airl_fast.batches import Replay
 from airl_fast.config import RunConfig
+from airl_fast.distributed import place_like
 from airl_fast.loading import Head, LanguageModel
 from airl_fast.models import Discriminator
 from airl_fast.ops.discriminator_loss import discriminator_loss
@@ -64,6 +65,7 @@ class DiscriminatorLearner:
             weight_decay=self.config.weight_decay,
             betas=self.config.betas,
             clip_norm=self.config.clip_norm,
+            world=policy.world,
         )
 
     def update(self, traces: Sequence[Trace], logp: Sequence[Tensor]) -> Metrics:
@@ -91,20 +93,20 @@ class DiscriminatorLearner:
         whole = 1.0 if self.config.logit == "wgan" else 0.5
         total, floored, magnitude = 0.0, 0.0, 0.0
         right, energy = {True: 0.0, False: 0.0}, {True: 0.0, False: 0.0}
-        for indices, batch in micro_batches(traces, self.token_budget, self.policy.device):
+        for indices, batch, weight in micro_batches(traces, self.token_budget, self.policy):
             logp = torch.cat([action_logp[i] for i in indices])
             logp = combine_logp(logp, batch.cu_spans, self.config.span_logp)
             if self.config.logp_floor is not None:
-                floored += float((logp < self.config.logp_floor).sum())
+                floored += weight * float((logp < self.config.logp_floor).sum())
                 logp = logp.clamp(min=self.config.logp_floor)
             f = self.discriminator.f(batch, self._policy_hidden(batch))
             is_expert = (batch.source == Source.EXPERT).repeat_interleave(batch.cu_seq_spans.diff())
             losses = []
             for label in (True, False):
                 mine = is_expert == label
-                share = float(mine.sum()) / max(spans[label], 1)
-                if not share:
+                if not mine.any():
                     continue
+                share = weight * float(mine.sum()) / spans[label]
                 loss, stats = discriminator_loss(
                     f[mine],
                     logp[mine],
@@ -115,14 +117,13 @@ class DiscriminatorLearner:
                 losses.append(whole * share * loss)
                 right[label] += share * float(stats.accuracy)
                 of_f, of_logits = self._sums(f.detach()[mine], logp[mine])
-                energy[label] += of_f / spans[label]
-                magnitude += 0.5 * of_logits / spans[label]
+                energy[label] += weight * of_f / spans[label]
+                magnitude += weight * 0.5 * of_logits / spans[label]
             loss = torch.stack(losses).sum()
             if loss.requires_grad:
                 loss.backward()
             total += float(loss.detach())
-        head = self.discriminator.head_parameters()
-        return {
+        metrics = {
             "disc/loss": total,
             "disc/accuracy": 0.5 * (right[True] + right[False]),
             "disc/accuracy_expert": right[True],
@@ -131,8 +132,10 @@ class DiscriminatorLearner:
             "disc/f_policy": energy[False],
             "disc/logit": magnitude,
             "disc/logp_floored": floored,
-            **{f"disc/{k[5:]}": p.item() for k, p in head.items() if p.numel() == 1},
         }
+        metrics = self.policy.world.totals(metrics)
+        head = self.discriminator.head_parameters()
+        return metrics | {f"disc/{k[5:]}": p.item() for k, p in head.items() if p.numel() == 1}
 
     def _sums(self, f: Tensor, logp: Tensor) -> list[float]:
         """The sums of f and of |logit| over spans, by one read from the device."""
@@ -197,22 +200,28 @@ class PolicyLearner:
         keys = ("loss", "entropy", "logp", "clip_fraction", "kl_old", "kl_ref")
         metrics = {f"policy/{key}": 0.0 for key in keys}
         given = (advantages, old_logp, ref_logp)
-        for indices, batch in micro_batches(traces, self.token_budget, self.policy.device):
-            hidden = self.policy.hidden(batch)[batch.state_index]
+        for indices, batch, weight in micro_batches(traces, self.token_budget, self.policy):
             constants = [None if x is None else torch.cat([x[i] for i in indices]) for x in given]
-            loss, stats = self.loss(
-                hidden, self.policy.head, batch.targets, batch.cu_actions, constants, actions
-            )
-            loss.backward()
-            share = batch.num_actions / actions
-            metrics["policy/loss"] += float(loss.detach())
+            loss, stats = self.policy.inside(self._loss_of, batch, constants, actions)
+            (weight * loss).backward()
+            share = weight * batch.num_actions / actions
+            metrics["policy/loss"] += weight * float(loss.detach())
             metrics["policy/entropy"] += share * float(stats.entropy_mean)
-            metrics["policy/logp"] += float(stats.logp.sum()) / actions
+            metrics["policy/logp"] += weight * float(stats.logp.sum()) / actions
             metrics["policy/clip_fraction"] += share * float(stats.clip_fraction)
             metrics["policy/kl_old"] += share * float(stats.kl_old)
             metrics["policy/kl_ref"] += share * float(stats.kl_ref)
+        metrics = self.policy.world.totals(metrics)
         metrics["policy/grad_norm"] = self.optimiser.step()
         return metrics
+
+    def _loss_of(
+        self, batch: PackedBatch, constants: Sequence[Tensor | None], actions: int
+    ) -> tuple[Tensor, PolicyLossStats]:
+        hidden = self.policy.hidden(batch)[batch.state_index]
+        return self.loss(
+            hidden, self.policy.head, batch.targets, batch.cu_actions, constants, actions
+        )
 
     def loss(
         self,
@@ -272,7 +281,7 @@ def copy_parameters(
                     f"{prefix + name}: expected shape {tuple(parameter.shape)}, found {found}; "
                     "resume with the models that the run was started with"
                 )
-            parameter.copy_(value)
+            parameter.copy_(place_like(value, parameter))
 
 
 @contextmanager

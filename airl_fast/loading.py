@@ -5,12 +5,13 @@ dequantised. No pickle is loaded, and code from a model's repository runs only i
 """
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -24,6 +25,7 @@ from airl_fast.attention import (
     packed_forward,
     standard_attention,
 )
+from airl_fast.distributed import Shards, World, gathered
 from airl_fast.loading_checks import check_folder, check_options, known_device, whole_weights
 from airl_fast.model_files import check_adapter, check_model_folder, check_remote_code, no_pickle
 from airl_fast.ops.linear_logprob import linear_logprob
@@ -31,6 +33,7 @@ from airl_fast.packing import PackedBatch
 from airl_fast.parsing import parse_object, shown
 
 METADATA = "airl_fast.json"
+T = TypeVar("T")
 _BUILT_IN = {"arithmetic-base": "tasks/assets/arithmetic-base"}
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -76,6 +79,7 @@ class LanguageModel(nn.Module):
     """
 
     model: Any  # a PreTrainedModel, or a PeftModel around one
+    shards: Shards | None = None  # set where the weights are in pieces on several processes
 
     def __init__(
         self, model: nn.Module, tokenizer: Any, origin: Origin, adapter: str | None = None
@@ -99,6 +103,40 @@ class LanguageModel(nn.Module):
         return next(self.model.parameters()).device
 
     @property
+    def world(self) -> World:
+        """The processes that work on what this model is given; one, unless it is sharded."""
+        return self.shards.world if self.shards else World(device=self.device)
+
+    def shard(self, world: World, beside: "LanguageModel | None" = None) -> None:
+        """Cut the weights in pieces, one on each process; a lone process keeps them whole.
+
+        Args:
+            world: the processes; each has loaded the same weights.
+            beside: a sharded model whose backbone this one shares.
+        """
+        if world.size == 1:
+            return
+        if beside is not None and beside.model is self.model:
+            self.shards = beside.shards
+        else:
+            self.shards = Shards(self.model, self.causal_lm._no_split_modules or (), world)
+
+    def inside(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Call a function where the head's parameters are whole, if the model is sharded.
+
+        What reads ``head`` and goes backward belongs into one call, hidden states included.
+        """
+        if self.shards is None:
+            return function(*arguments)
+        return self.shards.run(partial(function, *arguments))
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Every weight whole on every process, to sample: passes then wait for nobody."""
+        with self.shards.whole() if self.shards else nullcontext():
+            yield
+
+    @property
     def context(self) -> float:
         """Tokens that the model takes; infinite where its configuration does not say."""
         limit = getattr(self.causal_lm.config.get_text_config(), "max_position_embeddings", None)
@@ -120,6 +158,9 @@ class LanguageModel(nn.Module):
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """Last hidden states of a packed batch, [T, D] in the model's dtype."""
+        return self.inside(self._hidden, batch)
+
+    def _hidden(self, batch: PackedBatch) -> Tensor:
         with self.active():
             return packed_forward(self.causal_lm.base_model, batch)
 
@@ -134,6 +175,11 @@ class LanguageModel(nn.Module):
         self, hidden: Tensor, batch: PackedBatch, temperature: float = 1.0
     ) -> tuple[Tensor, Tensor]:
         """log pi of every action and the entropy there, both [N], from ``hidden`` [T, D]."""
+        return self.inside(self._logprob, hidden, batch, temperature)
+
+    def _logprob(
+        self, hidden: Tensor, batch: PackedBatch, temperature: float
+    ) -> tuple[Tensor, Tensor]:
         head = self.head
         return linear_logprob(
             hidden[batch.state_index],
@@ -167,17 +213,25 @@ class LanguageModel(nn.Module):
         }
 
     def save(self, directory: str | Path) -> None:
-        """Write weights (an adapter alone, where there is one) and tokenizer as safetensors."""
+        """Write weights (an adapter alone, where there is one) and tokenizer as safetensors.
+
+        Of several processes all call it, and the first writes.
+        """
+        marker = f".{self.adapter}." if self.adapter else ""
+        parameters = self.model.state_dict(keep_vars=True)
+        weights = gathered({k: v for k, v in parameters.items() if marker in k}, self.world)
+        if not self.world.first:
+            return
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         if self.adapter is None:
-            self.model.save_pretrained(directory)
+            self.model.save_pretrained(directory, state_dict=weights)
         else:
             from peft import get_peft_model_state_dict
 
             # The default asks the hub whether the vocabulary grew; embeddings are never trained.
             state = get_peft_model_state_dict(
-                self.model, adapter_name=self.adapter, save_embedding_layers=False
+                self.model, weights, adapter_name=self.adapter, save_embedding_layers=False
             )
             tensors = {name: value.contiguous() for name, value in state.items()}
             save_file(tensors, directory / "adapter_model.safetensors")

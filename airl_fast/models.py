@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from airl_fast.distributed import World
 from airl_fast.loading import (
     METADATA,
     LanguageModel,
@@ -95,7 +96,8 @@ class Policy(LanguageModel):
     def save(self, directory: str | Path) -> None:
         """Write the policy so that ``from_pretrained`` (and transformers or PEFT) reads it."""
         super().save(directory)
-        write_metadata(Path(directory), "policy", self.describe())
+        if self.world.first:
+            write_metadata(Path(directory), "policy", self.describe())
 
 
 class Discriminator(nn.Module):
@@ -130,6 +132,7 @@ class Discriminator(nn.Module):
         self.shaping_gamma = shaping_gamma
         self.span_logp: SpanLogp = span_logp
         self.width = width
+        self.world = World()
         device = body.device if body is not None else None
         if head == "lm":
             self.kappa = nn.Parameter(torch.tensor(kappa, device=device))
@@ -219,6 +222,11 @@ class Discriminator(nn.Module):
             batch: a packed batch.
             policy_hidden: [T, D], needed by ``trunk="policy"`` alone; detached here.
         """
+        if self.body is None:
+            return self._f(batch, policy_hidden)
+        return self.body.inside(self._f, batch, policy_hidden)
+
+    def _f(self, batch: PackedBatch, policy_hidden: Tensor | None) -> Tensor:
         return self.energies(batch, self._hidden(batch, policy_hidden))
 
     def energies(self, batch: PackedBatch, hidden: Tensor) -> Tensor:
@@ -322,6 +330,12 @@ class Discriminator(nn.Module):
             for own, other in pairs:
                 own.copy_(other)
 
+    def shard(self, policy: LanguageModel) -> None:
+        """Cut the body in pieces among the policy's processes; the head stays whole on each."""
+        self.world = policy.world
+        if self.body is not None:
+            self.body.shard(self.world, beside=policy)
+
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that the discriminator trains; its own head's start with ``head.``."""
         body = self.body.trainable() if self.body is not None else {}
@@ -335,14 +349,18 @@ class Discriminator(nn.Module):
     def save(self, directory: str | Path, *, training: dict[str, Any] | None = None) -> None:
         """Write the discriminator and, for ``RewardScorer``, what it was trained for.
 
+        Of several processes all call it, and the first writes.
+
         Args:
             directory: where to; made if it does not exist.
             training: the fields of ``scores.Trained``.
         """
         directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
         if self.body is not None:
             self.body.save(directory)
+        if not self.world.first:
+            return
+        directory.mkdir(parents=True, exist_ok=True)
         head = {name: value.detach().cpu() for name, value in self.head_parameters().items()}
         save_file(head, directory / "discriminator_head.safetensors")
         values = {

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from airl_fast.checkpoint import flatten_optimizer, restore_optimizer
+from airl_fast.distributed import World, clip_grad_norm_, local_piece, sum_gradients
 from airl_fast.ops._deferred import raise_failed
 
 
@@ -37,6 +38,8 @@ class Optimiser:
         warmup: updates over which the rate rises linearly.
         updates: updates over which it falls by a cosine to ``final_fraction``; None: constant.
         final_fraction: share of the rate that is left at the end.
+        world: the processes whose gradients add up. Those of sharded parameters have been added
+            by ``backward``, the others are here.
     """
 
     def __init__(
@@ -52,9 +55,11 @@ class Optimiser:
         warmup: int = 0,
         updates: int | None = None,
         final_fraction: float = 1.0,
+        world: World | None = None,
     ) -> None:
         self.names = [*parameters, *(head or {})]
         self.parameters = [*parameters.values(), *(head or {}).values()]
+        self.world = world or World()
         self.clip_norm = clip_norm
         self.warmup = warmup
         self.total = updates
@@ -86,15 +91,13 @@ class Optimiser:
             NonFiniteGradientError: naming the first parameter whose gradient is not finite; the
                 weights are left as they were.
         """
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        total = nn.utils.get_total_norm(gradients)
-        norm = float(total)
+        sum_gradients(self.parameters, self.world)
+        norm = clip_grad_norm_(self.parameters, self.clip_norm, self.world)
         raise_failed()  # reading the norm has waited for the GPU: what it found wrong is known
         if not math.isfinite(norm):
             error = self._non_finite(norm)
             self.adamw.zero_grad(set_to_none=True)
             raise error
-        nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, total)
         factor = self.rate_factor()
         for group, rate in zip(self.adamw.param_groups, self.rates, strict=False):
             group["lr"] = rate * factor
@@ -105,8 +108,13 @@ class Optimiser:
 
     def _non_finite(self, norm: float) -> NonFiniteGradientError:
         pairs = zip(self.names, self.parameters, strict=True)
-        bad = (n for n, p in pairs if p.grad is not None and not bool(p.grad.isfinite().all()))
-        parameter = next(bad, None)
+        bad = (
+            name
+            for name, p in pairs
+            if p.grad is not None and not bool(local_piece(p.grad).isfinite().all())
+        )
+        found = [name for name in self.world.gather(next(bad, None)) if name is not None]
+        parameter = min(found, key=self.names.index, default=None)
         first = f"first in {parameter}" if parameter else "though every gradient is finite"
         return NonFiniteGradientError(
             f"the gradient's norm is {norm} at update {self.updates}: expected a finite number "

@@ -1,6 +1,7 @@
 """Passes over traces without gradients, cut into micro-batches by a token budget.
 
-Values come back per trace, in the order of the traces: they do not depend on the cut.
+Values come back per trace, in the order of the traces: they do not depend on the cut, nor on how
+many processes shared the work.
 """
 
 from __future__ import annotations
@@ -17,11 +18,21 @@ from airl_fast.packing import PackedBatch, Trace, pack, plan_traces
 
 
 def micro_batches(
-    traces: Sequence[Trace], token_budget: int, device: torch.device
-) -> Iterator[tuple[list[int], PackedBatch]]:
-    """The traces as packed batches of at most ``token_budget`` tokens, with their indices."""
-    for indices in plan_traces(traces, token_budget):
-        yield indices, pack([traces[i] for i in indices], device=device)
+    traces: Sequence[Trace], token_budget: int, model: LanguageModel
+) -> Iterator[tuple[list[int], PackedBatch, float]]:
+    """Pack this process's part of the traces, at most ``token_budget`` tokens at a time.
+
+    Yields:
+        Indices, batch, and the weight of its losses: 1, or 0 for a stand-in. Every process is
+        given as many batches as the others, since each pass is one that all of them make together.
+    """
+    world = model.world
+    plan = plan_traces(traces, token_budget, ranks=world.size)
+    for turn in range(0, len(plan), world.size):
+        mine = turn + world.rank
+        indices = plan[mine] if mine < len(plan) else plan[0]
+        batch = pack([traces[i] for i in indices], device=model.device)
+        yield indices, batch, float(mine < len(plan))
 
 
 @torch.no_grad()
@@ -29,13 +40,16 @@ def action_logp(
     policy: LanguageModel, traces: Sequence[Trace], token_budget: int, temperature: float = 1.0
 ) -> list[Tensor]:
     """log pi of every action of every trace: one tensor [len(completion)] per trace."""
-    result: list[Tensor] = [torch.empty(0)] * len(traces)
-    for indices, batch in micro_batches(traces, token_budget, policy.device):
-        logp, _ = policy.logprob(policy.hidden(batch), batch, temperature)
-        parts = logp.split(batch.cu_actions.diff().tolist())
-        for i, part in zip(indices, parts, strict=True):
-            result[i] = part
-    return result
+
+    def logprob(batch: PackedBatch) -> Tensor:
+        return policy.logprob(policy.hidden(batch), batch, temperature)[0]
+
+    result: dict[int, Tensor] = {}
+    for indices, batch, weight in micro_batches(traces, token_budget, policy):
+        parts = policy.inside(logprob, batch).split(batch.cu_actions.diff().tolist())
+        if weight:
+            result |= zip(indices, parts, strict=True)
+    return policy.world.collect(result, [len(trace.completion) for trace in traces])
 
 
 @torch.no_grad()
@@ -46,13 +60,13 @@ def span_energies(
     token_budget: int,
 ) -> list[Tensor]:
     """f of every span of every trace: one tensor [spans] per trace."""
-    result: list[Tensor] = [torch.empty(0)] * len(traces)
-    for indices, batch in micro_batches(traces, token_budget, policy.device):
+    result: dict[int, Tensor] = {}
+    for indices, batch, weight in micro_batches(traces, token_budget, policy):
         hidden = policy.hidden(batch) if discriminator.trunk == "policy" else None
         parts = discriminator.f(batch, hidden).split(batch.cu_seq_spans.diff().tolist())
-        for i, part in zip(indices, parts, strict=True):
-            result[i] = part
-    return result
+        if weight:
+            result |= zip(indices, parts, strict=True)
+    return policy.world.collect(result, [len(trace.span_lengths) for trace in traces])
 
 
 def per_trace_sum(values: Sequence[Tensor]) -> Tensor:

@@ -1,4 +1,9 @@
-"""Sampling completions with transformers' generate, with the log-probs they were sampled at."""
+"""Sampling completions with transformers' generate, with the log-probs they were sampled at.
+
+Every token is drawn by a number of its own: a function of the seed, the completion's place among
+all that are asked for, and the token's place in it. So a completion does not depend, but for the
+rounding of its logits, on what is sampled beside it or on how many processes share the work.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +16,7 @@ import torch
 from torch import Tensor
 
 from airl_fast.attention import standard_attention
+from airl_fast.batches import derive_seed
 from airl_fast.loading import LanguageModel
 
 FinishReason = Literal["end", "stop", "length"]
@@ -47,14 +53,16 @@ def sample(
         prompts: token ids of each prompt, at least one token each.
         group_size: completions per prompt, adjacent in the result.
         max_new_tokens: longest completion; one that reaches it is marked "length".
-        seed: the same seed, model and prompts give the same completions (on the same device).
+        seed: the same seed, model and prompts give the same completions (on the same device);
+            other prompts beside them change a completion only by rounding.
         temperature: of the softmax; 0 decodes greedily (``logp`` is then at temperature 1).
         stop: strings that end a completion, at the token that completes one; none may begin in
             the prompt.
         batch_size: sequences generated at once.
 
     Returns:
-        ``len(prompts) * group_size`` rollouts.
+        ``len(prompts) * group_size`` rollouts. Of a sharded model all processes call this with the
+        same arguments; each samples a share of the prompts, and has all rollouts in the end.
 
     Raises:
         ValueError: an empty prompt, a token id that the policy does not know, or an option out of
@@ -87,23 +95,31 @@ def sample(
                 )
     # Prompts of like length go together, so that little of a batch is padding.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    per_batch = max(1, batch_size // group_size)
+    mine, per_batch = policy.world.share(order), max(1, batch_size // group_size)
     groups: dict[int, list[Rollout]] = {}
-    devices = [policy.device] if policy.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), standard_attention(policy.causal_lm):
-        torch.manual_seed(seed)
-        for start in range(0, len(order), per_batch):
-            indices = order[start : start + per_batch]
+
+    def run() -> None:
+        for start in range(0, len(mine), per_batch):
+            indices = mine[start : start + per_batch]
             rollouts = _generate(
                 policy,
                 [tuple(prompts[i]) for i in indices],
-                group_size,
+                [
+                    derive_seed(seed, "completion", i * group_size + k)
+                    for i in indices
+                    for k in range(group_size)
+                ],
                 max_new_tokens,
                 temperature,
                 list(stop),
             )
             for position, index in enumerate(indices):
                 groups[index] = rollouts[position * group_size : (position + 1) * group_size]
+
+    with policy.whole(), standard_attention(policy.causal_lm):
+        policy.inside(run)
+    for part in policy.world.gather(groups):
+        groups |= part
     return [rollout for index in range(len(prompts)) for rollout in groups[index]]
 
 
@@ -140,27 +156,43 @@ def largest_mismatch(rollouts: Sequence[Rollout], logp: Sequence[Tensor]) -> flo
     return float((sampled - other).abs().max())
 
 
-class _Recorder:
-    """A logits processor that sets the temperature and keeps the log-prob of what was drawn.
+class _Drawer:
+    """A logits processor that draws the next token of every row and keeps its log-prob.
 
-    The token drawn from one step's scores is seen at the next step, so one [B, V] tensor is held,
-    not one per step.
+    generate() decodes greedily what it returns: 0 for the token that was drawn, -inf elsewhere.
+
+    Args:
+        seeds: of each row.
+        length: most tokens that are drawn.
+        temperature: of the softmax; 0 takes the likeliest token.
+        device: where the scores are.
     """
 
-    def __init__(self, temperature: float) -> None:
-        self.temperature = temperature or 1.0
-        self.previous: Tensor | None = None
-        self.logp: list[Tensor] = []
+    def __init__(
+        self, seeds: list[int], length: int, temperature: float, device: torch.device
+    ) -> None:
+        self.temperature = temperature
+        self.logp: list[Tensor] = []  # [rows] of each token
+        generator = torch.Generator()  # of the CPU: the numbers are the same on every device
+        draws = [
+            torch.rand(length, generator=generator.manual_seed(seed), dtype=torch.float64)
+            for seed in seeds
+        ]
+        self.draws = torch.stack(draws, 1).to(device)  # [length, rows], uniform in [0, 1)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.collect(input_ids)
-        self.previous = torch.log_softmax(scores.float() / self.temperature, dim=-1)
-        return self.previous
+        logp = torch.log_softmax(scores.float() / (self.temperature or 1.0), dim=-1)
+        token = self._drawn(logp) if self.temperature else logp.argmax(-1, keepdim=True)
+        self.logp.append(logp.gather(1, token)[:, 0])
+        return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
 
-    def collect(self, input_ids: Tensor) -> None:
-        """Keep the log-prob of the last token of ``input_ids`` under the previous scores."""
-        if self.previous is not None:
-            self.logp.append(self.previous.gather(1, input_ids[:, -1:])[:, 0])
+    def _drawn(self, logp: Tensor) -> Tensor:
+        """The inverse of the distribution function, [rows, 1]: the first token that passes u."""
+        total = logp.double().exp().cumsum(-1)
+        u = self.draws[len(self.logp)][:, None] * total[:, -1:]  # the sum is 1 but for rounding
+        total[:, -1] = torch.inf  # the last token ends the range, however u was rounded
+        last = total.shape[-1] - 1  # beyond it only for NaN, which is refused at the end
+        return torch.searchsorted(total, u, right=True).clamp_(max=last)
 
 
 class _Ends:
@@ -206,11 +238,12 @@ class _Ends:
 def _generate(
     policy: LanguageModel,
     prompts: list[tuple[int, ...]],
-    group_size: int,
+    seeds: list[int],
     max_new_tokens: int,
     temperature: float,
     stop: list[str],
 ) -> list[Rollout]:
+    """A completion for every seed; each prompt has as many, adjacent."""
     from transformers import LogitsProcessorList, StoppingCriteriaList
 
     tokenizer = policy.tokenizer
@@ -218,19 +251,26 @@ def _generate(
     pad = tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    recorder = _Recorder(temperature)
+    group_size = len(seeds) // len(prompts)
+    drawer = _Drawer(seeds, max_new_tokens, temperature, policy.device)
     tokens_that_end = _ends_of_text(policy)
-    ends = _Ends(tokenizer, stop, tokens_that_end, len(prompts) * group_size)
+    ends = _Ends(tokenizer, stop, tokens_that_end, len(seeds))
     with policy.active(), _no_settings_of_its_own(policy.causal_lm):
         output = policy.causal_lm.generate(
             input_ids=ids.repeat_interleave(group_size, 0).to(policy.device),
             attention_mask=mask.repeat_interleave(group_size, 0).to(policy.device),
-            generation_config=_generation_config(pad, tokens_that_end, max_new_tokens, temperature),
-            logits_processor=LogitsProcessorList([recorder]),
+            generation_config=_generation_config(pad, tokens_that_end, max_new_tokens),
+            logits_processor=LogitsProcessorList([drawer]),
             stopping_criteria=StoppingCriteriaList([ends]),
+            synced_gpus=False,  # the weights are whole here: no rank waits for another
         )
-    recorder.collect(output)
-    logp = torch.stack(recorder.logp, 1).tolist()
+    drawn = torch.stack(drawer.logp, 1)
+    if not drawn.isfinite().all():
+        raise FloatingPointError(
+            "log-probs of sampled tokens are not finite: expected finite logits from the policy; "
+            "look for non-finite weights, or go on from an earlier checkpoint"
+        )
+    logp = drawn.tolist()
     new = output[:, width:].tolist()
     return [
         Rollout(
@@ -260,16 +300,14 @@ def _no_settings_of_its_own(model: Any) -> Iterator[None]:
         model.generation_config = own
 
 
-def _generation_config(pad: int, ends: set[int], max_new_tokens: int, temperature: float) -> Any:
+def _generation_config(pad: int, ends: set[int], max_new_tokens: int) -> Any:
     from transformers import GenerationConfig
 
-    # The recorder divides by the temperature; top-k and top-p would renormalise what is left.
-    drawing = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         pad_token_id=pad,
         eos_token_id=sorted(ends) or None,
-        **(drawing if temperature > 0 else {"do_sample": False}),
+        do_sample=False,  # the drawer has drawn
     )
 
 

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from airl_fast.checkpoint import (
     save_checkpoint,
 )
 from airl_fast.config import RunConfig, load_config, save_config
+from airl_fast.distributed import World
 from airl_fast.durable import explained, flush, make_folder, sweep, whole_folder, write_text
 from airl_fast.models import Discriminator, Policy
 from airl_fast.parsing import parse_object, shown
@@ -98,6 +100,30 @@ class RunFolder:
         history = [json.loads(line) for line in kept]
         self.best.restore(history, checkpoint_steps(self._checkpoints))
         return tensors, state
+
+    def open_together(self, world: World) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """``open`` by rank 0 of several processes; the others read what it found.
+
+        Raises:
+            ValueError: as ``open``, on every process; or they do not see the same folder.
+        """
+        mine: list[Any] = []
+
+        def open_first() -> int | None:
+            mine.append(self.open())
+            return None if mine[0] is None else int(mine[0][1]["step"])
+
+        step = world.first_does(open_first)
+        if step is not None and not world.first:
+            latest = latest_checkpoint(self._checkpoints)
+            mine.append(load_checkpoint(latest) if latest is not None else None)
+        seen = world.gather(mine[0][1]["step"] if mine and mine[0] else None)
+        if any(other != step for other in seen):
+            raise ValueError(
+                f"rank 0 goes on from step {step} in {self.path}, and the processes find {seen} "
+                "there: put run.output_dir where every machine sees the same files"
+            )
+        return mine[0] if mine else None
 
     def record(self, metrics: dict[str, Any]) -> None:
         """Append one step's metrics.
@@ -193,7 +219,7 @@ def write_models(
     Raises:
         WriteError: they cannot be written.
     """
-    with explained(str(folder / "policy")), whole_folder(folder / "policy") as made:
+    with explained(str(folder / "policy")), _made_by_first(folder / "policy", policy) as made:
         policy.save(made)
     if discriminator is None:
         return
@@ -206,8 +232,13 @@ def write_models(
         "temperature": config.sampling.temperature,
         "task": task.name,
     }
-    with explained(str(folder / "reward")), whole_folder(folder / "reward") as made:
+    with explained(str(folder / "reward")), _made_by_first(folder / "reward", policy) as made:
         discriminator.save(made, training=training)
+
+
+def _made_by_first(final: Path, policy: Policy) -> AbstractContextManager[Path]:
+    """A whole folder on rank 0, which alone writes; the others only take part in gathering."""
+    return whole_folder(final) if policy.world.first else nullcontext(final)
 
 
 def _step_metrics(line: str, path: Path, number: int) -> dict[str, Any]:

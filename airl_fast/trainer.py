@@ -28,6 +28,7 @@ from airl_fast.batches import (
 )
 from airl_fast.building import create_discriminator, load_policy
 from airl_fast.config import RunConfig, check_is_config
+from airl_fast.distributed import World, gathered, join, refuse_alone
 from airl_fast.evaluation import auc
 from airl_fast.guards import Guards
 from airl_fast.learners import (
@@ -59,6 +60,8 @@ class Trainer:
         task: instead of the one that ``config.task`` names.
         policy: instead of loading ``config.policy``; trained in place.
         discriminator: instead of making one from ``config.discriminator``; trained in place.
+        world: the processes that share the run; by default those that torchrun started. All of
+            them make the same trainer.
         on_step: called after every step with its metrics (a progress display).
         should_stop: called once after every step; where it is true, the step is saved and the run
             ends there, to go on another time (``stopping.StopSignals``).
@@ -75,15 +78,17 @@ class Trainer:
         task: Task | None = None,
         policy: Policy | None = None,
         discriminator: Discriminator | None = None,
+        world: World | None = None,
         on_step: Callable[[dict[str, Any]], None] | None = None,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         check_is_config(config)
+        self.world = world or join(config.run.device)
         if config.run.threads is not None:
             torch.set_num_threads(config.run.threads)
         self.config = config
         self.task = task or load_task(config.task)
-        self.policy = policy or load_policy(config)
+        self.policy = policy or load_policy(config, self.world.device)
         self.discriminator = None
         if config.algorithm.name == "airl":
             self.discriminator = discriminator or create_discriminator(config, self.policy)
@@ -94,6 +99,7 @@ class Trainer:
         self.sft_steps, self.total_steps = config.sft_steps, config.total_steps
         self.step = 0
         self._prepare_data()
+        self._share()
         self._prepare_learners()
         self.folder = RunFolder(config)
         lengths = [len(p.expert) for p in self.demonstrated.items if p.expert]
@@ -120,12 +126,12 @@ class Trainer:
             self.step += 1
             metrics["seconds"] = time.perf_counter() - started
             self._evaluate(metrics)
-            stopping = self.should_stop()
+            stopping = any(self.world.gather(self.should_stop()))
             self._record({"step": self.step, "phase": phase, **metrics}, save=stopping)
             if stopping and self.step < self.total_steps:
-                return self.folder.history()
+                return self.world.first_does(self.folder.history)
         self.save()
-        return self.folder.history()
+        return self.world.first_does(self.folder.history)
 
     def _make_step(self, step: int) -> Metrics:
         phase = self._phase(step)
@@ -297,6 +303,17 @@ class Trainer:
 
     # Before, between and after the steps
 
+    def _share(self) -> None:
+        """Cut the models in pieces among the processes, which have to hold the same so far."""
+        refuse_alone(self.config, self.world)
+        parts = {"configuration": self.config, "data": self.demonstrated.items}
+        parts |= {"prompts": (self.unlabelled.items, self.validation)}
+        for what, value in parts.items():
+            self.world.check_same(what, value)
+        self.policy.shard(self.world)
+        if self.discriminator is not None:
+            self.discriminator.shard(self.policy)
+
     def _prepare_data(self) -> None:
         config, seed = self.config, self.config.run.seed
         tokenizer = self.policy.tokenizer
@@ -334,6 +351,7 @@ class Trainer:
                 warmup=policy.warmup_steps,
                 updates=updates,
                 final_fraction=policy.final_lr_fraction,
+                world=self.world,
             )
             return PolicyLearner(self.policy, config, optimiser, imitation=imitation)
 
@@ -383,9 +401,11 @@ class Trainer:
                 metrics["valid/auc_f"] = auc(score.numpy(), right.numpy())
 
     def _record(self, metrics: dict[str, Any], *, save: bool) -> None:
-        self.folder.record(metrics)
+        if self.world.first:
+            self.folder.record(metrics)
         due = self.step % self.config.run.checkpoint_every == 0 or self.step == self.total_steps
-        if self.folder.best.improves(metrics) or due or save:
+        best = self.world.first_does(lambda: self.folder.best.improves(metrics))
+        if best or due or save:
             self.save_checkpoint()
         if self.on_step is not None:
             self.on_step(metrics)
@@ -405,10 +425,11 @@ class Trainer:
             trainable = self.discriminator.trainable()
             tensors |= {f"disc.{k}": p.detach() for k, p in trainable.items()}
         state["guards"] = self.guards.state()
-        self.folder.save(self.step, tensors, state)
+        tensors = gathered(tensors, self.world)
+        self.world.first_does(lambda: self.folder.save(self.step, tensors, state))
 
     def _resume(self) -> None:
-        found = self.folder.open()
+        found = self.folder.open_together(self.world)
         if found is not None:
             self.restore(*found)
 

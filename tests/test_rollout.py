@@ -176,6 +176,30 @@ def test_a_stop_string_may_not_begin_in_the_prompt(pad):
         torch.testing.assert_close(torch.tensor(rollout.logp), logp, atol=2e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_a_completion_does_not_depend_on_what_is_sampled_beside_it(policy, temperature):
+    prompts = [*PROMPTS, (1, 4), (9, 9, 9, 12, 30, 31, 7, 8)]
+    together = draw(policy, prompts, temperature=temperature)
+    in_threes = draw(policy, prompts, temperature=temperature, batch_size=3)
+    first = draw(policy, prompts[:2], temperature=temperature)
+    longer = draw(policy, prompts, temperature=temperature, max_new_tokens=16)
+    completions = [r.completion for r in together]
+    assert [r.completion for r in in_threes] == completions
+    assert [r.completion for r in first] == completions[:6]
+    assert [r.completion[:12] for r in longer] == completions
+    assert len(set(completions)) > 10
+    equal_prompts = [completions[i * 3 : i * 3 + 3] for i in (1, 3)]
+    assert equal_prompts[0] != equal_prompts[1]
+
+
+def test_a_policy_that_is_not_finite_is_not_sampled_in_silence():
+    policy = make_policy()
+    with torch.no_grad():
+        policy.head.weight[5, 0] = torch.nan
+    with pytest.raises(FloatingPointError, match="log-probs of sampled tokens are not finite"):
+        draw(policy)
+
+
 # The distribution
 
 
