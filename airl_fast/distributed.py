@@ -352,5 +352,5 @@ def sum_gradients(parameters: Sequence[nn.Parameter], world: World) -> None:
 def local_piece(value: Tensor) -> Tensor:
     """The piece of a DTensor that is here, sharing its memory; a plain tensor itself."""
     sharded: Any = value
-    piece: Tensor = sharded.tolocal_piece() if is_sharded(value) else value
+    piece: Tensor = sharded.to_local() if is_sharded(value) else value
     return piece

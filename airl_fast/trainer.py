@@ -306,10 +306,15 @@ class Trainer:
     def _share(self) -> None:
         """Cut the models in pieces among the processes, which have to hold the same so far."""
         refuse_alone(self.config, self.world)
-        parts = {"configuration": self.config, "data": self.demonstrated.items}
-        parts |= {"prompts": (self.unlabelled.items, self.validation)}
-        for what, value in parts.items():
-            self.world.check_same(what, value)
+        self.world.check_same("configuration", self.config)
+        for what, items in (
+            ("demonstrations", self.demonstrated.items),
+            ("prompts", self.unlabelled.items),
+            ("validation problems", self.validation),
+        ):
+            few = [items[i] for i in (0, -1) if len(items)]  # of a large file these are enough
+            held = items if isinstance(items, list) else (len(items), few)
+            self.world.check_same(what, held)
         self.policy.shard(self.world)
         if self.discriminator is not None:
             self.discriminator.shard(self.policy)
