@@ -222,6 +222,7 @@ def _unlike_folder(model, folder, world):
         config = load_config("arithmetic", [*options, f"run.output_dir={folder}"])
         run = RunFolder(config)
         run.open()
+        run.record({"step": 1})
         run.save(1, {"a": torch.zeros(1)}, {})
     else:
         config = load_config("arithmetic", [*options, f"run.output_dir={folder / 'elsewhere'}"])
