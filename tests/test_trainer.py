@@ -329,6 +329,7 @@ def test_an_outcome_is_compared_whole_whatever_the_spans(tmp_path, monkeypatch):
         "algorithm.granularity=dense",
         "sampling.group_size=6",
         "sampling.temperature=1.5",
+        "sampling.max_new_tokens=40",
     )
     trainer, traces, advantages, _, _ = before_the_update(config)
     assert len({len(t.completion) for t in traces}) > 1
