@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from airl_fast.loading_checks import known_device
+
 if TYPE_CHECKING:
     from airl_fast.config import RunConfig
 
@@ -136,7 +138,7 @@ def join(device: str | None = None) -> World:
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        return World(device=torch.device(kind))
+        return World(device=known_device(kind))
     missing = [name for name in _FROM_LAUNCHER if name not in os.environ]
     if missing:
         raise ValueError(

@@ -35,6 +35,7 @@ EXTRAS = {
     ),
     "trl": (("trl",), "the reward inside TRL's GRPOTrainer"),
     "gguf": (("gguf",), "models read from GGUF files"),
+    "fuzz": (("atheris",), "longer fuzzing, from a checkout"),
 }
 
 

@@ -317,8 +317,8 @@ def load_language_model(
     device = known_device(device)
     check_options(dtype, lora_rank)
     path = resolve(origin.model)
-    check_folder(path, origin.gguf_file)
     check_model_folder(Path(path), origin.gguf_file)
+    check_folder(path, origin.gguf_file)
     where = {
         "trust_remote_code": origin.trust_remote_code,
         "gguf_file": origin.gguf_file,
