@@ -286,7 +286,7 @@ def main() -> int:
             result["exit_status"] = process.wait(60)
     lengths = [len(case.tokens) for case in cases]
     about = {
-        "model": arguments.model,
+        "model": Path(arguments.model).name,
         "head": arguments.head,
         "completion_tokens": sum(lengths) / len(lengths),
     }
