@@ -51,7 +51,8 @@ FAULTS = {
 @pytest.mark.parametrize(("op", "output"), FAULTS)
 def test_one_percent_is_caught_before_anything_is_updated(op, output, tmp_path, monkeypatch):
     plant(monkeypatch, op, output, lambda x: 1.01 * x)
-    # Demonstrations have surprising tokens; of confident samples the head's gradient is near 0.
+    # On demonstrations: in an AIRL step of confident samples 1% of the head's gradient is below the
+    # audit's floor and is missed (docs/guards.md).
     options = ["algorithm.name=sft"] if op == "linear_policy_loss" else []
     trainer = Trainer(make_config(tmp_path, *AUDITED, *options))
     before = [p.clone() for p in trainer.policy.parameters()]
