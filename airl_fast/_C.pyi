@@ -96,3 +96,25 @@ _Discriminator = tuple[_Vector, _Vector, _Vector, int, _Vector, int, bool, float
 
 def discriminator_loss(spans: _Discriminator, out: int) -> None: ...
 def discriminator_gradient(spans: _Discriminator, grad: float, out: int) -> None: ...
+
+GATE_INNER: int
+_Operand = tuple[int, int, int, int]  # address, row and column stride, element (0 f32, 1 bf16)
+# b, N, address and row stride of the result, and of what is added to it (0: nothing; stride 0: [N])
+_Factor = tuple[_Operand, int, int, int, int, int]
+
+def products_ready() -> bool: ...
+def multiply(
+    a: _Operand,
+    factors: list[_Factor],
+    rows: int,
+    inner: int,
+    add: bool,
+    gate: bool,
+    norm: int,
+    epsilon: float,
+    parts: int,
+    threads: int,
+) -> None: ...
+def rotate(
+    x: int, stride: int, tokens: int, heads: int, size: int, cos: int, sin: int, threads: int
+) -> None: ...

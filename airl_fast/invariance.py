@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from airl_fast.ops._cpu_head import alike_tiles, tile_shape
+from airl_fast.ops._cpu_products import linear
 
 SCORE_COLUMNS = 16  # of a score head's product: one column would be a product of another kind
 _TRIED_ROWS = 8, 13, 41, 131, 256, 301, 515, 1003
@@ -112,13 +113,11 @@ def _least_alike(weight: Tensor, bias: Tensor | None) -> int | None:
     """From which number of those tried on rows have the bits that they have among 1,024."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(_ROWS, weight.shape[1], generator=generator).to(weight.dtype)
-    whole = nn.functional.linear(x, weight, bias)
+    whole = linear(x, weight, bias)
     least = None
     for rows in reversed(_TRIED_ROWS):
         part = x[-rows - 11 : -11]
-        if not torch.equal(
-            nn.functional.linear(part.clone(), weight, bias), whole[-rows - 11 : -11]
-        ):
+        if not torch.equal(linear(part.clone(), weight, bias), whole[-rows - 11 : -11]):
             break
         least = rows
     return least

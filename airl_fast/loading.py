@@ -26,6 +26,7 @@ from airl_fast.attention import (
     standard_attention,
 )
 from airl_fast.distributed import Shards, World, gathered
+from airl_fast.fused import fuse
 from airl_fast.loading_checks import check_folder, check_options, known_device, whole_weights
 from airl_fast.model_files import check_adapter, check_model_folder, check_remote_code, no_pickle
 from airl_fast.ops.linear_logprob import linear_logprob
@@ -90,6 +91,7 @@ class LanguageModel(nn.Module):
         self.origin = origin
         self.adapter = adapter
         enable_packed_attention(self.causal_lm)
+        fuse(self.causal_lm)
         self._check_head()
 
     @property

@@ -7,9 +7,11 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "bindings_eager.h"
 #include "discriminator.h"
+#include "products.h"
 #include "rows.h"
 #include "segments.h"
 
@@ -96,6 +98,41 @@ void with_spans(const Discriminator& all, F run) {
                                                 std::get<7>(all), std::get<8>(all)};
   py::gil_scoped_release unlocked;
   size == 4 ? run(spans_of<float>(all), options) : run(spans_of<double>(all), options);
+}
+
+// address, row stride, column stride in elements, element (0 float32, 1 bfloat16)
+using Operand = std::tuple<std::uintptr_t, std::int64_t, std::int64_t, int>;
+
+airl_fast::Operand operand_of(const Operand& operand) {
+  const auto& [address, row_stride, column_stride, element] = operand;
+  if ((row_stride != 1 && column_stride != 1) || element < 0 || element > 1) {
+    throw std::invalid_argument("an operand needs a stride of 1 and an element 0 or 1");
+  }
+  return {reinterpret_cast<const void*>(address), static_cast<airl_fast::Element>(element),
+          row_stride, column_stride};
+}
+
+// b, N, address and row stride of the result, and of what is added to it
+using Factor = std::tuple<Operand, std::int64_t, std::uintptr_t, std::int64_t, std::uintptr_t,
+                          std::int64_t>;
+
+airl_fast::Product product_of(const Operand& a, const std::vector<Factor>& factors,
+                              std::int64_t rows, std::int64_t inner) {
+  if (!airl_fast::products_ready()) throw std::runtime_error("multiply needs a processor with AMX");
+  if (factors.empty() || factors.size() > 3) throw std::invalid_argument("1, 2 or 3 factors");
+  airl_fast::Product product{};
+  product.a = operand_of(a);
+  product.m = rows;
+  product.k = inner;
+  for (const auto& [b, n, out, out_stride, plus, plus_stride] : factors) {
+    const airl_fast::Operand operand = operand_of(b);
+    product.factors[product.count++] = {operand, n, output(out), out_stride,
+                                        reinterpret_cast<const float*>(plus), plus_stride};
+    if (operand.element != product.factors[0].b.element) {
+      throw std::invalid_argument("factors of one dtype");
+    }
+  }
+  return product;
 }
 
 const std::int64_t* targets_at(std::uintptr_t address) {
@@ -207,6 +244,45 @@ PYBIND11_MODULE(_C, m) {
         });
       },
       py::arg("spans"), py::arg("grad"), py::arg("out"));
+
+  m.attr("GATE_INNER") = airl_fast::kGateInner;
+  m.def("products_ready", &airl_fast::products_ready);
+  m.def(
+      "multiply",
+      [](const Operand& a, const std::vector<Factor>& factors, std::int64_t rows,
+         std::int64_t inner, bool add, bool gate, std::uintptr_t norm, float epsilon, int parts,
+         int threads) {
+        airl_fast::Product product = product_of(a, factors, rows, inner);
+        if (parts < 1 || parts > 3) throw std::invalid_argument("parts must be 1, 2 or 3");
+        if (gate && (product.count != 2 || product.factors[0].n != product.factors[1].n ||
+                     inner > airl_fast::kGateInner)) {
+          throw std::invalid_argument("a gate needs two factors of one shape, and a short inner");
+        }
+        if (norm != 0 && (product.a.element != airl_fast::Element::kFloat32 ||
+                          product.a.column_stride != 1)) {
+          throw std::invalid_argument("a norm needs float32 rows");
+        }
+        product.add = add;
+        product.gate = gate;
+        product.norm = reinterpret_cast<const float*>(norm);
+        product.epsilon = epsilon;
+        py::gil_scoped_release unlocked;
+        airl_fast::multiply(product, parts, threads);
+      },
+      py::arg("a"), py::arg("factors"), py::arg("rows"), py::arg("inner"), py::arg("add"),
+      py::arg("gate"), py::arg("norm"), py::arg("epsilon"), py::arg("parts"), py::arg("threads"));
+  m.def(
+      "rotate",
+      [](std::uintptr_t x, std::int64_t stride, std::int64_t tokens, std::int64_t heads,
+         std::int64_t size, std::uintptr_t cos, std::uintptr_t sin, int threads) {
+        if (!airl_fast::products_ready()) throw std::runtime_error("rotate needs AVX-512");
+        py::gil_scoped_release unlocked;
+        airl_fast::rotate(output(x), stride, tokens, heads, size,
+                          reinterpret_cast<const float*>(cos),
+                          reinterpret_cast<const float*>(sin), threads);
+      },
+      py::arg("x"), py::arg("stride"), py::arg("tokens"), py::arg("heads"), py::arg("size"),
+      py::arg("cos"), py::arg("sin"), py::arg("threads"));
 
   airl_fast::bind_eager(m.ptr());
 

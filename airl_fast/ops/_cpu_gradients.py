@@ -28,6 +28,7 @@ from airl_fast.ops._cpu_head import (
     tile_columns,
     tile_floats,
 )
+from airl_fast.ops._cpu_products import multiply
 from airl_fast.ops._head import LinearHead, kept_rows
 from airl_fast.ops._policy_terms import ActionLoss, Actions, pieces
 
@@ -133,9 +134,9 @@ class GradientSweep:
             g = scratch[: logits.numel()].view_as(logits) if at_home else logits
             self._head.differentiate(self._targets[chunk], first, logits, d_logp, d_entropy, g)
             if self._needs[0]:
-                d_hidden.addmm_(g, self._head.part(first, stop), beta=float(first > 0))
+                multiply(g, self._head.weight[first:stop], d_hidden, add=first > 0)
             if self._needs[1]:  # which overwrites the logits, if they are at home there
-                self.weight[first:stop].addmm_(g.t(), x, beta=float(chunk.start > 0))
+                multiply(g.t(), x, self.weight[first:stop], add=chunk.start > 0)
             if self._needs[2]:
                 self.bias[first:stop] += g.sum(0)
         if self._needs[0] and not self._rows.everything:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from airl_fast import _C
-from airl_fast.ops import _head
+from airl_fast.ops import _cpu_products, _head
 from airl_fast.ops._head import LinearHead, kept_rows, slopes
 
 TILE_COLUMNS = 2048  # of a tile whose columns do not depend on the rows
@@ -112,10 +112,6 @@ class CPUHead:
         self._threads = torch.get_num_threads()
         self._stats = torch.empty(rows, 4, dtype=torch.float64)  # RowStats of csrc/rows.h
 
-    def part(self, first: int, stop: int) -> Tensor:
-        """Rows of the weight in float32: a view, or a copy of those in half precision."""
-        return self.weight[first:stop].float()
-
     def read(
         self,
         x: Tensor,
@@ -130,7 +126,7 @@ class CPUHead:
         From hidden states ``x [R, D]`` and ``targets [R]``. The columns follow those read last,
         unless ``first`` is 0; logp and entropy are right once all of them have been read.
         """
-        torch.mm(x, self.part(first, first + logits.shape[1]).t(), out=logits)
+        _cpu_products.multiply(x, self.weight[first : first + logits.shape[1]].t(), logits)
         _C.read_rows(
             self._chunk(logits),
             self._head(first),
@@ -188,8 +184,8 @@ class CPUHead:
 
         Once all columns have been read, `settle` turns the sums into the gradient at ``x``.
         """
-        part = self.part(first, first + logits.shape[1])
-        torch.mm(x, part.t(), out=logits)
+        part = self.weight[first : first + logits.shape[1]]
+        _cpu_products.multiply(x, part.t(), logits)
         _C.weigh_rows(
             self._chunk(logits),
             self._head(first),
@@ -203,7 +199,7 @@ class CPUHead:
             sums.data_ptr(),
             sums.shape[1],
         )
-        sums.addmm_(logits, part, beta=float(first > 0))
+        _cpu_products.multiply(logits, part, sums, add=first > 0)
 
     def settle(self, targets: Tensor, d_logp: Tensor, tangent: Tensor, sums: Tensor) -> None:
         """Turn sums into ``slope d_logp (tangent (1 - p) W_target - sums / s)`` (csrc/rows.h)."""

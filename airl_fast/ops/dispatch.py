@@ -149,6 +149,7 @@ def explain() -> Explanation:
 
 
 _OPERATOR_MODULES = (
+    "_cpu_products",
     "linear_logprob",
     "linear_policy_loss",
     "vocab_parallel",

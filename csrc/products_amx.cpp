@@ -1,0 +1,562 @@
+// The products of products.h: operands cut into parts and tiles, and what multiplies the tiles.
+//
+// A tile of a holds 16 rows x 32 k, one of b 32 k x 16 columns, with two k after one another for
+// each column. Blocks of 2 x 2 tiles stay in the registers over all k of a slice. A panel of a's
+// rows, cut into tiles, stays in the second-level cache while b's tiles stream past it.
+#include "products.h"
+
+#include "instruction_set.h"
+
+#if AIRL_FAST_X86 && defined(__linux__) && \
+    ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11))
+#define AIRL_FAST_AMX 1
+#else
+#define AIRL_FAST_AMX 0
+#endif
+
+#if AIRL_FAST_AMX
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include <cpuid.h>
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+
+#include "half.h"
+#include "parallel.h"
+
+AIRL_FAST_BEGIN_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16")
+#include "rows_kernels.h"
+#include "vector_avx512.h"
+
+namespace airl_fast {
+namespace {
+
+using Int = std::int64_t;
+using Bits = std::uint16_t;  // of a bfloat16
+
+constexpr Int kTile = 16 * 32;               // bfloat16 of a tile: a KiB
+constexpr Int kSide = 32;                    // rows and columns of a block of tiles, and its k
+constexpr Int kSlice = 1024;                 // k that are summed before the result is written
+constexpr Int kPanelBytes = 900 << 10;       // of a's tiles: half of a second-level cache
+constexpr Int kColumnBytes = 16 << 20;       // of b's tiles
+constexpr Int kStreamBytes = 8 << 20;        // results from here on go past the caches
+
+Int blocks_of(Int count) { return (count + kSide - 1) / kSide; }
+
+// k of a slice, when all are as long as they can be alike.
+Int slice_of(const Product& p) {
+  const Int slices = p.gate ? 1 : (p.k + kSlice - 1) / kSlice;
+  return slices == 0 ? p.k : (p.k + slices * kSide - 1) / (slices * kSide) * kSide;
+}
+
+// Uninitialised memory that a thread keeps for its next product.
+class Scratch {
+ public:
+  Bits* at_least(Int count) {
+    if (count > size_) {
+      data_.reset();
+      data_.reset(static_cast<Bits*>(std::aligned_alloc(64, static_cast<std::size_t>(count) * 2)));
+      size_ = data_ ? count : 0;
+      if (!data_) throw std::bad_alloc();
+    }
+    return data_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(Bits* p) const { std::free(p); }
+  };
+  std::unique_ptr<Bits, Free> data_;
+  Int size_ = 0;
+};
+
+__mmask16 first(Int count) {
+  return static_cast<__mmask16>(count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1u);
+}
+
+__m512 load(const float* p, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, p); }
+
+__m512 load(const BFloat16* p, __mmask16 mask) {
+  return _mm512_castsi512_ps(
+      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p)), 16));
+}
+
+// What is left of 16 numbers without a part of them.
+__m512 rest(__m512 x, __m256i part) {
+  return _mm512_sub_ps(
+      x, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(part), 16)));
+}
+
+// The parts of 32 numbers, low and high, one vector for each part.
+template <int kParts>
+void split(__m512 low, __m512 high, __m512i* parts) {
+  for (int part = 0; part < kParts; ++part) {
+    const __m512i bits = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+    parts[part] = bits;
+    low = rest(low, _mm512_castsi512_si256(bits));
+    high = rest(high, _mm512_extracti64x4_epi64(bits, 1));
+  }
+}
+
+// Transposes 16 x 16 numbers of 32 bits.
+void transpose(__m512i* v) {
+  __m512i w[16];
+  for (int i = 0; i < 16; i += 2) {
+    w[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+    w[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    v[i] = _mm512_unpacklo_epi64(w[i], w[i + 2]);
+    v[i + 1] = _mm512_unpackhi_epi64(w[i], w[i + 2]);
+    v[i + 2] = _mm512_unpacklo_epi64(w[i + 1], w[i + 3]);
+    v[i + 3] = _mm512_unpackhi_epi64(w[i + 1], w[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    w[i] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0x88);
+    w[i + 4] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0xdd);
+    w[i + 8] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0x88);
+    w[i + 12] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 4; ++i) {
+    v[i] = _mm512_shuffle_i32x4(w[i], w[i + 8], 0x88);
+    v[i + 8] = _mm512_shuffle_i32x4(w[i], w[i + 8], 0xdd);
+    v[i + 4] = _mm512_shuffle_i32x4(w[i + 4], w[i + 12], 0x88);
+    v[i + 12] = _mm512_shuffle_i32x4(w[i + 4], w[i + 12], 0xdd);
+  }
+}
+
+// 16 lines x 32 k of an operand; a line is a row of a or a column of b.
+template <typename T>
+struct Lines {
+  const T* data;
+  Int line_stride, k_stride;  // one of them is 1
+  Int lines, k;               // what there is of them; the rest counts as zero
+  const float* scale;         // of each line, and
+  const float* norm;          // of each k, or null
+};
+
+// Writes the tiles of all parts of some lines, `between` numbers apart: with kPairs as b's, where a
+// row of the tile holds a pair of k of all lines, else as a's, where it holds all k of a line.
+template <int kParts, bool kPairs, typename T>
+void fill(const Lines<T>& from, Bits* out, Int between) {
+  __m512i tile[kParts][16], one[kParts];
+  const bool by_line = from.k_stride == 1;
+  for (int row = 0; row < 16; ++row) {
+    __m512 low = _mm512_setzero_ps(), high = low;
+    if (by_line) {
+      if (row < from.lines) {
+        const T* x = from.data + row * from.line_stride;
+        low = load(x, first(from.k));
+        if (from.k > 16) high = load(x + 16, first(from.k - 16));
+        if (from.norm != nullptr) {
+          const __m512 scale = _mm512_set1_ps(from.scale[row]);
+          low = _mm512_mul_ps(load(from.norm, first(from.k)), _mm512_mul_ps(low, scale));
+          if (from.k > 16) {
+            high = _mm512_mul_ps(load(from.norm + 16, first(from.k - 16)),
+                                 _mm512_mul_ps(high, scale));
+          }
+        }
+      }
+      split<kParts>(low, high, one);
+    } else {
+      const T* x = from.data + 2 * row * from.k_stride;
+      if (2 * row < from.k) low = load(x, first(from.lines));
+      if (2 * row + 1 < from.k) high = load(x + from.k_stride, first(from.lines));
+      split<kParts>(low, high, one);
+      const __m512i order = _mm512_setr_epi32(  // 0, 16, 1, 17, ...
+          0x00100000, 0x00110001, 0x00120002, 0x00130003, 0x00140004, 0x00150005, 0x00160006,
+          0x00170007, 0x00180008, 0x00190009, 0x001a000a, 0x001b000b, 0x001c000c, 0x001d000d,
+          0x001e000e, 0x001f000f);
+      for (int p = 0; p < kParts; ++p) one[p] = _mm512_permutexvar_epi16(order, one[p]);
+    }
+    for (int p = 0; p < kParts; ++p) tile[p][row] = one[p];
+  }
+  for (int p = 0; p < kParts; ++p) {
+    if (by_line == kPairs) transpose(tile[p]);
+    for (int row = 0; row < 16; ++row) {
+      _mm512_store_si512(out + p * between + row * 32, tile[p][row]);
+    }
+  }
+}
+
+// The tiles of a block, [k block][part][half of the block][tile], from line and k on; `scale` is of
+// the block's lines, `norm` of the slice's k.
+template <int kParts, bool kPairs, typename T>
+void fill_block(const Operand& from, Int line, Int lines, Int k, Int slice, const float* scale,
+                const float* norm, Bits* out) {
+  const Int line_stride = kPairs ? from.column_stride : from.row_stride;
+  const Int k_stride = kPairs ? from.row_stride : from.column_stride;
+  const T* data = static_cast<const T*>(from.data) + line * line_stride + k * k_stride;
+  for (Int at = 0; at < slice; at += kSide) {
+    for (Int half = 0; half < 2; ++half, out += kTile) {
+      fill<kParts, kPairs>(
+          Lines<T>{data + half * 16 * line_stride + at * k_stride, line_stride, k_stride,
+                   lines - half * 16, slice - at, scale + half * 16,
+                   norm == nullptr ? nullptr : norm + at},
+          out, 2 * kTile);
+    }
+    out += (kParts - 1) * 2 * kTile;
+  }
+}
+
+// One over the root mean square of some rows.
+void inverse_norms(const Product& p, Int row, Int rows, float* out) {
+  const auto* x = static_cast<const float*>(p.a.data) + row * p.a.row_stride;
+  for (Int i = 0; i < rows; ++i, x += p.a.row_stride) {
+    __m512 even = _mm512_setzero_ps(), odd = even;
+    for (Int k = 0; k < p.k; k += 32) {
+      const __m512 low = load(x + k, first(p.k - k));
+      const __m512 high = p.k - k > 16 ? load(x + k + 16, first(p.k - k - 16)) : odd;
+      even = _mm512_fmadd_ps(low, low, even);
+      if (p.k - k > 16) odd = _mm512_fmadd_ps(high, high, odd);
+    }
+    const float mean = _mm512_reduce_add_ps(_mm512_add_ps(even, odd)) / static_cast<float>(p.k);
+    out[i] = 1.0f / std::sqrt(mean + p.epsilon);
+  }
+}
+
+struct alignas(64) TileConfig {
+  std::uint8_t palette = 0, start_row = 0, reserved[14] = {};
+  std::uint16_t row_bytes[16] = {};
+  std::uint8_t rows[16] = {};
+};
+
+// Sets up the tiles of a thread, and leaves them as another library may have set them up.
+class Tiles {
+ public:
+  Tiles() {
+    _tile_storeconfig(&before_);
+    TileConfig config;
+    config.palette = 1;
+    for (int i = 0; i < 8; ++i) {
+      config.row_bytes[i] = 64;
+      config.rows[i] = 16;
+    }
+    _tile_loadconfig(&config);
+  }
+  ~Tiles() {
+    if (before_.palette != 0) {
+      _tile_loadconfig(&before_);
+    } else {
+      _tile_release();
+    }
+  }
+  Tiles(const Tiles&) = delete;
+  Tiles& operator=(const Tiles&) = delete;
+
+ private:
+  TileConfig before_;
+};
+
+#define AIRL_FAST_LOAD_A(part)                   \
+  _tile_loadd(4, a + (part) * 2 * kTile, 64);    \
+  _tile_loadd(5, a + (part) * 2 * kTile + kTile, 64)
+#define AIRL_FAST_LOAD_B(part)                   \
+  _tile_loadd(6, b + (part) * 2 * kTile, 64);    \
+  _tile_loadd(7, b + (part) * 2 * kTile + kTile, 64)
+#define AIRL_FAST_MULTIPLY   \
+  _tile_dpbf16ps(0, 4, 6);   \
+  _tile_dpbf16ps(1, 4, 7);   \
+  _tile_dpbf16ps(2, 5, 6);   \
+  _tile_dpbf16ps(3, 5, 7)
+
+// A block of the product [32, 32] into c, from tiles of kA parts of a and kB of b. The least come
+// first; neighbours share the tiles of a or of b. `ahead`: what is read next, of which some lines
+// are brought into the second-level cache on the way.
+template <int kA, int kB>
+void multiply_block(const Bits* a, const Bits* b, Int count, float* c, Int stride,
+                    const Bits* ahead, Int lines) {
+  const std::size_t bytes = static_cast<std::size_t>(stride) * sizeof(float);
+  float* lower = c + 16 * stride;
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (Int i = 0; i < count; ++i, a += kA * 2 * kTile, b += kB * 2 * kTile) {
+    for (Int line = 0; line < lines; ++line, ahead += 32) {
+      _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T1);
+    }
+    if constexpr (kA == 3 && kB == 3) {
+      AIRL_FAST_LOAD_A(0);
+      AIRL_FAST_LOAD_B(2);
+      AIRL_FAST_MULTIPLY;
+      AIRL_FAST_LOAD_B(1);
+      AIRL_FAST_MULTIPLY;
+      AIRL_FAST_LOAD_A(1);
+      AIRL_FAST_MULTIPLY;
+      AIRL_FAST_LOAD_B(0);
+      AIRL_FAST_MULTIPLY;
+      AIRL_FAST_LOAD_A(2);
+      AIRL_FAST_MULTIPLY;
+      AIRL_FAST_LOAD_A(0);
+      AIRL_FAST_MULTIPLY;
+    } else if constexpr (kA == 2 && kB == 2) {
+      AIRL_FAST_LOAD_A(0);
+      AIRL_FAST_LOAD_B(1);
+      AIRL_FAST_MULTIPLY;
+      AIRL_FAST_LOAD_B(0);
+      AIRL_FAST_LOAD_A(1);
+      AIRL_FAST_MULTIPLY;
+      AIRL_FAST_LOAD_A(0);
+      AIRL_FAST_MULTIPLY;
+    } else {  // one of the operands is a single part
+      static_assert(kA == 1 || kB == 1);
+      AIRL_FAST_LOAD_A(kA - 1);
+      AIRL_FAST_LOAD_B(kB - 1);
+      AIRL_FAST_MULTIPLY;
+      if constexpr (kA == 3 || kB == 3) {
+        if constexpr (kA == 3) { AIRL_FAST_LOAD_A(1); }
+        if constexpr (kB == 3) { AIRL_FAST_LOAD_B(1); }
+        AIRL_FAST_MULTIPLY;
+      }
+      if constexpr (kA > 1 || kB > 1) {
+        if constexpr (kA > 1) { AIRL_FAST_LOAD_A(0); }
+        if constexpr (kB > 1) { AIRL_FAST_LOAD_B(0); }
+        AIRL_FAST_MULTIPLY;
+      }
+    }
+  }
+  _tile_stored(0, c, bytes);
+  _tile_stored(1, c + 16, bytes);
+  _tile_stored(2, lower, bytes);
+  _tile_stored(3, lower + 16, bytes);
+}
+
+// Where a block of the result goes.
+struct Target {
+  const Factor* factor;
+  Int row, column, rows, columns;  // rows and columns are at most kSide
+  float* at() const { return factor->out + row * factor->out_stride + column; }
+};
+
+// A block into part of a result; `more`: added to what is there, so that the sums of a slice do not
+// lose digits to those before; `last`: with what is to be added; `stream`: past the caches.
+void put(const Target& to, const float* block, bool more, bool last, bool stream) {
+  const Factor& f = *to.factor;
+  const float* plus = last && f.plus != nullptr
+                          ? f.plus + to.row * f.plus_stride + to.column : nullptr;
+  for (Int i = 0; i < to.rows; ++i, block += kSide) {
+    float* out = to.at() + i * f.out_stride;
+    for (Int j = 0; j < to.columns; j += 16) {
+      const __mmask16 mask = first(to.columns - j);
+      __m512 x = _mm512_load_ps(block + j);
+      if (more) x = _mm512_add_ps(x, load(out + j, mask));
+      if (plus != nullptr) x = _mm512_add_ps(x, load(plus + i * f.plus_stride + j, mask));
+      if (stream && mask == 0xffff) {
+        _mm512_stream_ps(out + j, x);
+      } else {
+        _mm512_mask_storeu_ps(out + j, mask, x);
+      }
+    }
+  }
+}
+
+// silu(x) y = x / (1 + exp(-x)) y, into x.
+void gate_block(float* x, const float* y) {
+  const __m512 one = _mm512_set1_ps(1.0f);
+  for (Int i = 0; i < kSide * kSide; i += 16) {
+    const __m512 v = _mm512_load_ps(x + i);
+    const __m512 e = exponential<Avx512>(_mm512_sub_ps(_mm512_setzero_ps(), v));
+    const __m512 silu = _mm512_div_ps(v, _mm512_add_ps(one, e));
+    _mm512_store_ps(x + i, _mm512_mul_ps(silu, _mm512_load_ps(y + i)));
+  }
+}
+
+// A slice of k of one product: b's tiles for all, then a panel of a's at a time.
+template <int kA, int kB, typename TA, typename TB>
+class Slice {
+ public:
+  Slice(const Product& product, Int k, int threads)
+      : p_(product), k_(k), slice_(std::min(slice_of(product), product.k - k)), threads_(threads) {
+    const Int most = std::max<Int>(1, kPanelBytes / (a_block_ * 2));
+    Int panels = (row_blocks_ + most - 1) / most;
+    panels = (panels + threads - 1) / threads * threads;  // as many for each thread
+    panel_ = (row_blocks_ + panels - 1) / panels;
+  }
+
+  void run() {
+    static thread_local Scratch scratch;
+    Int total = 0;
+    for (int f = 0; f < p_.count; ++f) total += blocks_of(p_.factors[f].n);
+    const Int width = std::max<Int>(2, kColumnBytes / (b_block_ * 2)) / 2 * 2;
+    for (Int begin = 0; begin < total; begin += width) {
+      const Int end = std::min(begin + width, total);
+      Bits* const b = scratch.at_least((end - begin) * b_block_);
+      share(end - begin, 1, threads_, [&](Int from, Int to) {
+        for (Int j = from; j < to; ++j) fill_columns(begin + j, b + j * b_block_);
+      });
+      share(row_blocks_, panel_, threads_,
+            [&](Int from, Int to) { panel(from, to, begin, end, b); });
+    }
+  }
+
+ private:
+  // Which factor's columns a block holds: gate and what it gates in turn, or one after another.
+  Target target(Int block) const {
+    int f = 0;
+    if (p_.gate) {
+      f = static_cast<int>(block % 2);
+      block /= 2;
+    } else {
+      while (block >= blocks_of(p_.factors[f].n)) block -= blocks_of(p_.factors[f++].n);
+    }
+    const Int column = block * kSide;
+    return {&p_.factors[f], 0, column, 0, std::min(kSide, p_.factors[f].n - column)};
+  }
+
+  void fill_columns(Int block, Bits* out) const {
+    const Target of = target(block);
+    fill_block<kB, true, TB>(of.factor->b, of.column, of.columns, k_, slice_, nullptr, nullptr,
+                             out);
+  }
+
+  void panel(Int from, Int to, Int begin, Int end, const Bits* b) const {
+    static thread_local Scratch scratch;
+    Bits* const a = scratch.at_least(panel_ * a_block_);
+    alignas(64) float block[kSide * kSide], gated[kSide * kSide], scale[kSide];
+    for (Int i = from; i < to; ++i) {
+      const Int row = i * kSide, rows = std::min(kSide, p_.m - row);
+      if (p_.norm != nullptr) inverse_norms(p_, row, rows, scale);
+      fill_block<kA, false, TA>(p_.a, row, rows, k_, slice_, scale,
+                                p_.norm == nullptr ? nullptr : p_.norm + k_,
+                                a + (i - from) * a_block_);
+    }
+    const Tiles tiles;
+    const bool last = k_ + slice_ == p_.k, more = p_.add || k_ > 0;
+    const int step = p_.gate ? 2 : 1;
+    // The next blocks of b come in bit by bit, while the panel's blocks pass over the present ones.
+    const Int lines = (b_block_ / 32 + count_ * (to - from) - 1) / (count_ * (to - from));
+    for (Int j = begin; j < end; j += step) {
+      Target at = target(j);
+      const bool stream = streams(*at.factor), more_to_come = j + step < end;
+      for (Int i = from; i < to; ++i) {
+        at.row = i * kSide;
+        at.rows = std::min(kSide, p_.m - at.row);
+        const Bits *x = a + (i - from) * a_block_, *y = b + (j - begin) * b_block_;
+        const auto times = [&](const Bits* columns, float* out, Int stride) {
+          const Bits* ahead = columns + step * b_block_ + (i - from) * count_ * lines * 32;
+          multiply_block<kA, kB>(x, columns, count_, out, stride, ahead,
+                                 more_to_come ? lines : 0);
+        };
+        const bool whole = at.rows == kSide && at.columns == kSide;
+        if (whole && !stream && !p_.gate && !more && !(last && at.factor->plus != nullptr)) {
+          times(y, at.at(), at.factor->out_stride);
+          continue;
+        }
+        times(y, block, kSide);
+        if (p_.gate) {
+          times(y + b_block_, gated, kSide);
+          gate_block(block, gated);
+        }
+        put(at, block, more, last, stream);
+      }
+    }
+    _mm_sfence();
+  }
+
+  bool streams(const Factor& f) const {
+    return slice_ == p_.k && !p_.add && p_.m * f.n * 4 >= kStreamBytes && f.out_stride % 16 == 0 &&
+           reinterpret_cast<std::uintptr_t>(f.out) % 64 == 0;
+  }
+
+  const Product& p_;
+  const Int k_, slice_;
+  const int threads_;
+  const Int count_ = blocks_of(slice_), row_blocks_ = blocks_of(p_.m);
+  const Int a_block_ = count_ * kA * 2 * kTile, b_block_ = count_ * kB * 2 * kTile;
+  Int panel_ = 1;
+};
+
+template <int kA, int kB, typename TA, typename TB>
+void run(const Product& p, int threads) {
+  for (Int k = 0; k < p.k; k += slice_of(p)) Slice<kA, kB, TA, TB>(p, k, threads).run();
+}
+
+template <typename TA, typename TB>
+void run_parts(const Product& p, int parts, int threads) {
+  constexpr bool kNarrowA = sizeof(TA) == 2, kNarrowB = sizeof(TB) == 2;
+  if (parts == 1 || (kNarrowA && kNarrowB)) return run<1, 1, TA, TB>(p, threads);
+  if constexpr (!(kNarrowA && kNarrowB)) {
+    if (parts == 2) return run<kNarrowA ? 1 : 2, kNarrowB ? 1 : 2, TA, TB>(p, threads);
+    run<kNarrowA ? 1 : 3, kNarrowB ? 1 : 3, TA, TB>(p, threads);
+  }
+}
+
+void rotate_head(float* x, Int half, const float* cos, const float* sin) {
+  for (Int i = 0; i < half; i += 16) {
+    const __mmask16 mask = first(half - i);
+    const __m512 low = load(x + i, mask), high = load(x + half + i, mask);
+    const auto times = [&](__m512 v, const float* by) { return _mm512_mul_ps(v, load(by, mask)); };
+    _mm512_mask_storeu_ps(x + i, mask, _mm512_sub_ps(times(low, cos + i), times(high, sin + i)));
+    _mm512_mask_storeu_ps(x + half + i, mask, _mm512_add_ps(times(high, cos + half + i),
+                                                            times(low, sin + half + i)));
+  }
+}
+
+// Tiles of bfloat16, AVX-512 with bfloat16, and the system's leave to use the tiles.
+bool ask() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  const bool tiles = (d >> 22 & 1u) != 0 && (d >> 24 & 1u) != 0;
+  const bool vectors = (b >> 16 & 1u) != 0 && (b >> 17 & 1u) != 0 && (b >> 30 & 1u) != 0 &&
+                       (b >> 31 & 1u) != 0;
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d)) return false;
+  if (!tiles || !vectors || (a >> 5 & 1u) == 0) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+}  // namespace
+
+bool products_ready() {
+  static const bool ready = ask();
+  return ready;
+}
+
+void multiply(const Product& p, int parts, int threads) {
+  const bool narrow_a = p.a.element == Element::kBFloat16;
+  const bool narrow_b = p.factors[0].b.element == Element::kBFloat16;
+  if (narrow_a && narrow_b) return run_parts<BFloat16, BFloat16>(p, parts, threads);
+  if (narrow_a) return run_parts<BFloat16, float>(p, parts, threads);
+  if (narrow_b) return run_parts<float, BFloat16>(p, parts, threads);
+  run_parts<float, float>(p, parts, threads);
+}
+
+void rotate(float* x, Int stride, Int tokens, Int heads, Int size, const float* cos,
+            const float* sin, int threads) {
+  const Int half = size / 2;
+  share(tokens, 64, threads, [&](Int begin, Int end) {
+    for (Int t = begin; t < end; ++t) {
+      const float *c = cos + t * size, *s = sin + t * size;
+      for (Int h = 0; h < heads; ++h) rotate_head(x + t * stride + h * size, half, c, s);
+    }
+  });
+}
+
+}  // namespace airl_fast
+AIRL_FAST_END_TARGET
+
+#else  // no such processor, or a compiler that does not know it
+
+namespace airl_fast {
+
+bool products_ready() { return false; }
+
+void multiply(const Product&, int, int) {}
+
+void rotate(float*, std::int64_t, std::int64_t, std::int64_t, std::int64_t, const float*,
+            const float*, int) {}
+
+}  // namespace airl_fast
+#endif
