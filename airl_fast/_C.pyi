@@ -115,6 +115,28 @@ def multiply(
     parts: int,
     threads: int,
 ) -> None: ...
-def rotate(
-    x: int, stride: int, tokens: int, heads: int, size: int, cos: int, sin: int, threads: int
+
+_Size = tuple[int, int]  # rows, width
+
+def norm_rows(
+    size: _Size, x: int, weight: int, epsilon: float, threads: int, out: int, scale: int
+) -> None: ...
+def norm_gradient(
+    size: _Size, grad: int, x: int, weight: int, scale: int, threads: int, out: int
+) -> None: ...
+def gate_rows(size: _Size, gate: int, up: int, threads: int, out: int) -> None: ...
+def gate_gradient(
+    size: _Size, grad: int, gate: int, up: int, threads: int, d_gate: int, d_up: int
+) -> None: ...
+def rotate_heads(
+    x: int,
+    stride: int,
+    tokens: int,
+    heads: int,
+    size: int,
+    cos: int,
+    sin: int,
+    back: bool,
+    threads: int,
+    out: int,
 ) -> None: ...

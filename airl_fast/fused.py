@@ -1,14 +1,15 @@
-"""A transformers decoder's layers on the fused products of a CPU, with the same parameters.
+"""A transformers decoder's layers on the fused operators of a CPU, with the same parameters.
 
     T tokens   D hidden size   H query heads   E head size
 
-``fuse`` gives single modules another ``forward``: names, parameters and hooks stay as they are, and
-what the products cannot serve (another device, another dtype, few tokens) runs as it did.
+``fuse`` gives modules another ``forward``: names and parameters stay as they are, and what the
+operators cannot serve (another device, another dtype, a cache) runs as it did.
 
-Without gradients whole layers of Llama (SmolLM2 is one), Mistral, Qwen2 and Qwen3 run in four
-products: the norm is applied to what a product reads, silu and gate, biases and the residual to
-what it writes. In its first pass a layer is held to its own forward, and where another version of
-transformers has changed that, it stays what it was.
+Whole layers of Llama (SmolLM2 is one), Mistral, Qwen2 and Qwen3 run on operators that read and
+write once: norm, rotation, silu and gate. Without gradients and adapters, on a processor that has
+them, they are part of four products: the norm of what a product reads; silu and gate, biases and
+the residual of what it writes. In its first pass a layer is held to its own forward, and where
+another version of transformers has changed that, it stays what it was.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from airl_fast.attention import packed_attention
+from airl_fast.ops import _cpu_layer as between
 from airl_fast.ops import _cpu_products as products
 from airl_fast.ops._cpu_products import Factor, Norm
+from airl_fast.ops.dispatch import forced
 
 _KNOWN = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
 # Error over the largest magnitude, by the precision of products, beyond which a layer is another.
@@ -31,7 +34,7 @@ _log = logging.getLogger(__name__)
 
 
 def fuse(model: nn.Module) -> None:
-    """Let a decoder's linear layers, and whole layers where they are known, use the products."""
+    """Let a decoder's linear layers, and whole layers where they are known, use the operators."""
     for module in model.modules():
         kind = type(module)
         if isinstance(module, nn.Linear) and kind is nn.Linear:
@@ -55,80 +58,67 @@ def _layer(layer: Any, trust: _Trust, hidden_states: Tensor, *args: Any, **kwarg
     own = partial(type(layer).forward, layer, hidden_states, *args, **kwargs)
     if args or trust.found is False or not _serves(layer, hidden_states, kwargs):
         return own()
-    result = _run(layer, hidden_states[0], kwargs)[None]
     if trust.found is None:
-        expected = own()
-        trust.found = isinstance(expected, Tensor) and _alike(result, expected)
+        with torch.no_grad():
+            expected = own()
+            trust.found = _alike(_run(layer, hidden_states[0], kwargs)[None], expected)
         if not trust.found:
             _log.info("%s runs as transformers has it, not fused", type(layer).__name__)
-            return expected
-    return result
+            return own()
+    return _run(layer, hidden_states[0], kwargs)[None]
+
+
+def _alike(found: Tensor, expected: Any) -> bool:
+    if not isinstance(expected, Tensor) or expected.shape != found.shape:
+        return False
+    limit = _TOLERANCE[torch.get_float32_matmul_precision()] * expected.abs().max()
+    return bool((found - expected).abs().max() <= limit)
 
 
 def _serves(layer: Any, hidden_states: Tensor, kwargs: dict[str, Any]) -> bool:
-    """Whether one pass can run fused: one of ours, without gradients, in float32, long enough."""
-    if kwargs.get("packed_batch") is None or kwargs.get("position_embeddings") is None:
+    """Whether a pass can run fused: one of ours, in float32, and nobody listens inside."""
+    if kwargs.get("packed_batch") is None and kwargs.get("alone") is None:
+        return False
+    if kwargs.get("position_embeddings") is None or forced() not in (None, "cpu"):
         return False
     attention, mlp = layer.self_attn, layer.mlp
-    weights = [
-        attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj,
-        mlp.gate_proj, mlp.up_proj, mlp.down_proj,
-    ]  # fmt: skip
-    if any(type(module) is not nn.Linear for module in weights) or torch.is_grad_enabled():
-        return False  # with an adapter, or to be differentiated
-    if torch.is_autocast_enabled("cpu") or hidden_states.dtype != torch.float32:
-        return False
-    if type(mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
-        return False
-    if attention.o_proj.bias is not None or any(m.bias is not None for m in weights[4:]):
-        return False
-    cos, _ = kwargs["position_embeddings"]
-    rows = hidden_states[0]
+    cos, sin = kwargs["position_embeddings"]
+    norms = layer.input_layernorm, layer.post_attention_layernorm
     return (
-        cos.dtype == torch.float32
-        and cos.shape == (1, len(rows), attention.head_dim)
-        and rows.is_contiguous()
-        and all(
-            module.weight.dtype == torch.float32
-            and products.serves_rows(len(rows), module.weight) is None
-            for module in weights
-        )
+        not torch.is_autocast_enabled("cpu")
+        and between.serves(hidden_states, cos, sin, *(norm.weight for norm in norms))
+        and cos.shape == (1, hidden_states.shape[1], attention.head_dim)
+        and type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
+        and not any(m._forward_hooks or m._forward_pre_hooks for m in (attention, mlp, *norms))
     )
 
 
 def _run(layer: Any, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
     """A layer's output [T, D] from its input [T, D]."""
-    y = _attend(layer, x, kwargs)
-    mlp, norm = layer.mlp, _norm(layer.post_attention_layernorm)
-    gated = x.new_empty(len(x), mlp.gate_proj.out_features)
-    gate, up = mlp.gate_proj.weight.t(), mlp.up_proj.weight.t()
-    if not products.multiply_gated(y, Factor(gate, gated), up, norm):
-        wide = torch.empty_like(gated)
-        products.multiply_all(y, [Factor(gate, gated), Factor(up, wide)], norm=norm)
-        nn.functional.silu(gated, inplace=True).mul_(wide)
-    z = torch.empty_like(y)
-    products.multiply_all(gated, [Factor(mlp.down_proj.weight.t(), z, plus=y)])
-    return z
+    if _fits_products(layer, x):
+        return _in_products(layer, x.contiguous(), kwargs)
+    attention, mlp = layer.self_attn, layer.mlp
+    normed = _normed(layer.input_layernorm, x)
+    heads = [m(normed) for m in (attention.q_proj, attention.k_proj, attention.v_proj)]
+    x = x + attention.o_proj(_attended(attention, heads, kwargs))
+    normed = _normed(layer.post_attention_layernorm, x)
+    down: Tensor = mlp.down_proj(between.gated(mlp.gate_proj(normed), mlp.up_proj(normed)))
+    return x + down
 
 
-def _attend(layer: Any, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    """Input and attention's output added up, [T, D]."""
-    attention = layer.self_attn
-    heads = []
-    factors = []
-    for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
-        out = x.new_empty(len(x), linear.out_features)
-        factors.append(Factor(linear.weight.t(), out, plus=linear.bias))
-        heads.append(out.unflatten(1, (-1, attention.head_dim)))
-    products.multiply_all(x, factors, norm=_norm(layer.input_layernorm))
-    q, k, v = heads
+def _normed(norm: Any, x: Tensor) -> Tensor:
+    return between.rms_norm(x, norm.weight, norm.variance_epsilon)
+
+
+def _attended(attention: Any, projected: list[Tensor], kwargs: dict[str, Any]) -> Tensor:
+    """What every token takes from those it sees, [T, H * E], from projections [T, heads * E]."""
+    q, k, v = (part.unflatten(1, (-1, attention.head_dim)) for part in projected)
     if hasattr(attention, "q_norm"):
         q, k = attention.q_norm(q), attention.k_norm(k)
-    cos, sin = (part[0].contiguous() for part in kwargs["position_embeddings"])
-    products.rotate(q, cos, sin)
-    products.rotate(k, cos, sin)
+    cos, sin = (part[0] for part in kwargs["position_embeddings"])
+    q, k = between.rotated(q, cos, sin), between.rotated(k, cos, sin)
     query, key, value = (part.transpose(0, 1)[None] for part in (q, k, v))
-    attended, _ = packed_attention(
+    out, _ = packed_attention(
         attention,
         query,
         key,
@@ -136,19 +126,49 @@ def _attend(layer: Any, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
         kwargs.get("attention_mask"),
         scaling=attention.scaling,
         sliding_window=getattr(attention, "sliding_window", None),
-        packed_batch=kwargs["packed_batch"],
+        packed_batch=kwargs.get("packed_batch"),
+        alone=kwargs.get("alone"),
     )
+    return out[0].flatten(1)
+
+
+def _fits_products(layer: Any, x: Tensor) -> bool:
+    """Whether a layer can be four products: plain weights, no gradients, tiles that serve."""
+    attention, mlp = layer.self_attn, layer.mlp
+    heads = attention.q_proj, attention.k_proj, attention.v_proj
+    others = attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj
+    return not torch.is_grad_enabled() and all(
+        type(module) is nn.Linear
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and module.weight.dtype == torch.float32
+        and (module.bias is None or module in heads)
+        and products.serves_rows(len(x), module.weight) is None
+        for module in (*heads, *others)
+    )
+
+
+def _in_products(layer: Any, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    attention, mlp = layer.self_attn, layer.mlp
+    projected, factors = [], []
+    for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
+        projected.append(x.new_empty(len(x), linear.out_features))
+        factors.append(Factor(linear.weight.t(), projected[-1], plus=linear.bias))
+    products.multiply_all(x, factors, norm=_norm(layer.input_layernorm))
+    attended = _attended(attention, projected, kwargs).contiguous()
     y = torch.empty_like(x)
-    rows = attended[0].flatten(1).contiguous()
-    products.multiply_all(rows, [Factor(attention.o_proj.weight.t(), y, plus=x)])
-    return y
+    products.multiply_all(attended, [Factor(attention.o_proj.weight.t(), y, plus=x)])
+
+    norm, gate, up = _norm(layer.post_attention_layernorm), mlp.gate_proj.weight.t(), mlp.up_proj
+    middle = x.new_empty(len(x), mlp.gate_proj.out_features)
+    if not products.multiply_gated(y, Factor(gate, middle), up.weight.t(), norm):
+        wide = torch.empty_like(middle)
+        both = [Factor(gate, middle), Factor(up.weight.t(), wide)]
+        products.multiply_all(y, both, norm=norm)
+        middle = between.gated(middle, wide)
+    z = torch.empty_like(y)
+    products.multiply_all(middle, [Factor(mlp.down_proj.weight.t(), z, plus=y)])
+    return z
 
 
 def _norm(module: Any) -> Norm:
     return Norm(module.weight, module.variance_epsilon)
-
-
-def _alike(found: Tensor, expected: Tensor) -> bool:
-    error = (found - expected).abs().max()
-    limit = _TOLERANCE[torch.get_float32_matmul_precision()] * expected.abs().max()
-    return bool(error <= limit)

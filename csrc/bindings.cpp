@@ -11,6 +11,7 @@
 
 #include "bindings_eager.h"
 #include "discriminator.h"
+#include "layer.h"
 #include "products.h"
 #include "rows.h"
 #include "segments.h"
@@ -48,6 +49,8 @@ void for_each_dtype(const Values& x, const Spans& spans, F run) {
   py::gil_scoped_release unlocked;
   item_size == 4 ? run(view<float>(address, stride), at) : run(view<double>(address, stride), at);
 }
+
+const float* input(std::uintptr_t address) { return reinterpret_cast<const float*>(address); }
 
 float* output(std::uintptr_t address) { return reinterpret_cast<float*>(address); }
 
@@ -127,7 +130,7 @@ airl_fast::Product product_of(const Operand& a, const std::vector<Factor>& facto
   for (const auto& [b, n, out, out_stride, plus, plus_stride] : factors) {
     const airl_fast::Operand operand = operand_of(b);
     product.factors[product.count++] = {operand, n, output(out), out_stride,
-                                        reinterpret_cast<const float*>(plus), plus_stride};
+                                        input(plus), plus_stride};
     if (operand.element != product.factors[0].b.element) {
       throw std::invalid_argument("factors of one dtype");
     }
@@ -264,25 +267,62 @@ PYBIND11_MODULE(_C, m) {
         }
         product.add = add;
         product.gate = gate;
-        product.norm = reinterpret_cast<const float*>(norm);
+        product.norm = input(norm);
         product.epsilon = epsilon;
         py::gil_scoped_release unlocked;
         airl_fast::multiply(product, parts, threads);
       },
       py::arg("a"), py::arg("factors"), py::arg("rows"), py::arg("inner"), py::arg("add"),
       py::arg("gate"), py::arg("norm"), py::arg("epsilon"), py::arg("parts"), py::arg("threads"));
+  using At = std::uintptr_t;
+  using Size = std::tuple<std::int64_t, std::int64_t>;  // rows, width
+  const auto extent = [](const Size& size) {
+    return airl_fast::Extent{std::get<0>(size), std::get<1>(size)};
+  };
   m.def(
-      "rotate",
-      [](std::uintptr_t x, std::int64_t stride, std::int64_t tokens, std::int64_t heads,
-         std::int64_t size, std::uintptr_t cos, std::uintptr_t sin, int threads) {
-        if (!airl_fast::products_ready()) throw std::runtime_error("rotate needs AVX-512");
+      "norm_rows",
+      [=](const Size& size, At x, At weight, float epsilon, int threads, At out, At scale) {
         py::gil_scoped_release unlocked;
-        airl_fast::rotate(output(x), stride, tokens, heads, size,
-                          reinterpret_cast<const float*>(cos),
-                          reinterpret_cast<const float*>(sin), threads);
+        airl_fast::norm_rows(extent(size), input(x), input(weight), epsilon, output(out),
+                             output(scale), threads);
+      },
+      py::arg("size"), py::arg("x"), py::arg("weight"), py::arg("epsilon"), py::arg("threads"),
+      py::arg("out"), py::arg("scale"));
+  m.def(
+      "norm_gradient",
+      [=](const Size& size, At grad, At x, At weight, At scale, int threads, At out) {
+        py::gil_scoped_release unlocked;
+        airl_fast::norm_gradient(extent(size), input(grad), input(x), input(weight), input(scale),
+                                 output(out), threads);
+      },
+      py::arg("size"), py::arg("grad"), py::arg("x"), py::arg("weight"), py::arg("scale"),
+      py::arg("threads"), py::arg("out"));
+  m.def(
+      "gate_rows",
+      [=](const Size& size, At gate, At up, int threads, At out) {
+        py::gil_scoped_release unlocked;
+        airl_fast::gate_rows(extent(size), input(gate), input(up), output(out), threads);
+      },
+      py::arg("size"), py::arg("gate"), py::arg("up"), py::arg("threads"), py::arg("out"));
+  m.def(
+      "gate_gradient",
+      [=](const Size& size, At grad, At gate, At up, int threads, At d_gate, At d_up) {
+        py::gil_scoped_release unlocked;
+        airl_fast::gate_gradient(extent(size), input(grad), input(gate), input(up),
+                                 output(d_gate), output(d_up), threads);
+      },
+      py::arg("size"), py::arg("grad"), py::arg("gate"), py::arg("up"), py::arg("threads"),
+      py::arg("d_gate"), py::arg("d_up"));
+  m.def(
+      "rotate_heads",
+      [](At x, std::int64_t stride, std::int64_t tokens, std::int64_t heads, std::int64_t size,
+         At cos, At sin, bool back, int threads, At out) {
+        py::gil_scoped_release unlocked;
+        airl_fast::rotate_heads({input(x), stride, tokens, heads, size}, input(cos), input(sin),
+                                back, output(out), threads);
       },
       py::arg("x"), py::arg("stride"), py::arg("tokens"), py::arg("heads"), py::arg("size"),
-      py::arg("cos"), py::arg("sin"), py::arg("threads"));
+      py::arg("cos"), py::arg("sin"), py::arg("back"), py::arg("threads"), py::arg("out"));
 
   airl_fast::bind_eager(m.ptr());
 

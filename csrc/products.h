@@ -58,10 +58,4 @@ bool products_ready();
 // Computes a product of at most `parts` (1 to 3) parts of an operand.
 void multiply(const Product& product, int parts, int threads);
 
-// Rotates pairs of each head of x [T, heads * size] in place, given cos and sin [T, size]:
-//   x_i cos_i - x_{i + size / 2} sin_i  and, half a head further,  x_i cos_i + x_{i - size / 2} sin_i
-// (arXiv 2104.09864, halves instead of neighbours).
-void rotate(float* x, std::int64_t stride, std::int64_t tokens, std::int64_t heads,
-            std::int64_t size, const float* cos, const float* sin, int threads);
-
 }  // namespace airl_fast

@@ -362,13 +362,10 @@ void put(const Target& to, const float* block, bool more, bool last, bool stream
   }
 }
 
-// silu(x) y = x / (1 + exp(-x)) y, into x.
+// silu(x) y into x.
 void gate_block(float* x, const float* y) {
-  const __m512 one = _mm512_set1_ps(1.0f);
   for (Int i = 0; i < kSide * kSide; i += 16) {
-    const __m512 v = _mm512_load_ps(x + i);
-    const __m512 e = exponential<Avx512>(_mm512_sub_ps(_mm512_setzero_ps(), v));
-    const __m512 silu = _mm512_div_ps(v, _mm512_add_ps(one, e));
+    const __m512 v = _mm512_load_ps(x + i), silu = _mm512_mul_ps(v, sigmoid<Avx512>(v));
     _mm512_store_ps(x + i, _mm512_mul_ps(silu, _mm512_load_ps(y + i)));
   }
 }
@@ -493,17 +490,6 @@ void run_parts(const Product& p, int parts, int threads) {
   }
 }
 
-void rotate_head(float* x, Int half, const float* cos, const float* sin) {
-  for (Int i = 0; i < half; i += 16) {
-    const __mmask16 mask = first(half - i);
-    const __m512 low = load(x + i, mask), high = load(x + half + i, mask);
-    const auto times = [&](__m512 v, const float* by) { return _mm512_mul_ps(v, load(by, mask)); };
-    _mm512_mask_storeu_ps(x + i, mask, _mm512_sub_ps(times(low, cos + i), times(high, sin + i)));
-    _mm512_mask_storeu_ps(x + half + i, mask, _mm512_add_ps(times(high, cos + half + i),
-                                                            times(low, sin + half + i)));
-  }
-}
-
 // Tiles of bfloat16, AVX-512 with bfloat16, and the system's leave to use the tiles.
 bool ask() {
   unsigned a = 0, b = 0, c = 0, d = 0;
@@ -533,17 +519,6 @@ void multiply(const Product& p, int parts, int threads) {
   run_parts<float, float>(p, parts, threads);
 }
 
-void rotate(float* x, Int stride, Int tokens, Int heads, Int size, const float* cos,
-            const float* sin, int threads) {
-  const Int half = size / 2;
-  share(tokens, 64, threads, [&](Int begin, Int end) {
-    for (Int t = begin; t < end; ++t) {
-      const float *c = cos + t * size, *s = sin + t * size;
-      for (Int h = 0; h < heads; ++h) rotate_head(x + t * stride + h * size, half, c, s);
-    }
-  });
-}
-
 }  // namespace airl_fast
 AIRL_FAST_END_TARGET
 
@@ -554,9 +529,6 @@ namespace airl_fast {
 bool products_ready() { return false; }
 
 void multiply(const Product&, int, int) {}
-
-void rotate(float*, std::int64_t, std::int64_t, std::int64_t, std::int64_t, const float*,
-            const float*, int) {}
 
 }  // namespace airl_fast
 #endif

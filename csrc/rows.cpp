@@ -46,16 +46,16 @@ const std::vector<Path>& paths() {
 
 std::atomic<std::size_t> chosen{0};  // an index of paths()
 
-const RowKernels& kernels() { return *paths()[chosen].kernels; }
-
 // Rows to a piece of work: at least 32,768 logits, some ten microseconds.
 std::int64_t rows_per_piece(const Chunk& chunk) { return 1 + 32768 / chunk.vocab; }
 
 }  // namespace
 
+const RowKernels& row_kernels() { return *paths()[chosen].kernels; }
+
 void read_rows(const Chunk& chunk, const Head& head, const std::int64_t* targets,
                std::int64_t first, int threads, RowStats* stats, float* logp, float* entropy) {
-  const auto kernel = kernels().read[static_cast<int>(chunk.element)];
+  const auto kernel = row_kernels().read[static_cast<int>(chunk.element)];
   share(chunk.rows, rows_per_piece(chunk), threads, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t r = begin; r < end; ++r) {
       kernel(chunk, head, r, targets[r] - first, first == 0, stats + r, logp + r,
@@ -67,7 +67,7 @@ void read_rows(const Chunk& chunk, const Head& head, const std::int64_t* targets
 void differentiate_rows(const Chunk& chunk, const Head& head, const std::int64_t* targets,
                         std::int64_t first, int threads, const RowStats* stats,
                         const float* d_logp, const float* d_entropy, void* gradient) {
-  const auto kernel = kernels().differentiate[static_cast<int>(chunk.element)];
+  const auto kernel = row_kernels().differentiate[static_cast<int>(chunk.element)];
   share(chunk.rows, rows_per_piece(chunk), threads, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t r = begin; r < end; ++r) {
       kernel(chunk, head, r, targets[r] - first, stats[r], d_logp == nullptr ? 0.0 : d_logp[r],
@@ -79,7 +79,7 @@ void differentiate_rows(const Chunk& chunk, const Head& head, const std::int64_t
 void weigh_rows(const Chunk& chunk, const Head& head, const std::int64_t* targets,
                 std::int64_t first, int threads, RowStats* stats, float* logp, float* entropy,
                 float* tangent, float* sums, std::int64_t width) {
-  const auto kernel = kernels().weigh;
+  const auto kernel = row_kernels().weigh;
   share(chunk.rows, rows_per_piece(chunk), threads, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t r = begin; r < end; ++r) {
       kernel(chunk, head, r, targets[r] - first, first == 0, stats + r, logp + r, entropy + r,
@@ -96,7 +96,7 @@ std::vector<std::string> vector_paths() {
 
 std::string vector_path() { return paths()[chosen].name; }
 
-bool uses_avx2() { return &kernels() != &portable_kernels(); }
+bool uses_avx2() { return &row_kernels() != &portable_kernels(); }
 
 void use_vector_path(const std::string& name) {
   for (std::size_t i = 0; i < paths().size(); ++i) {

@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "half.h"
+#include "layer_kernels.h"
 #include "rows.h"
 
 namespace airl_fast {
@@ -26,7 +27,10 @@ struct RowKernels {
   Read read[3];  // by Element
   Differentiate differentiate[3];
   Weigh weigh;  // float32
+  LayerKernels layer;
 };
+
+const RowKernels& row_kernels();  // of the path that is chosen
 
 const RowKernels& portable_kernels();
 const RowKernels& avx2_kernels();
@@ -294,7 +298,8 @@ const RowKernels& kernels_of() {
   static const RowKernels kernels = {
       {read<V, float>, read<V, BFloat16>, read<V, Float16>},
       {differentiate<V, float>, differentiate<V, BFloat16>, differentiate<V, Float16>},
-      weigh<V>};
+      weigh<V>,
+      layer_kernels_of<V>()};
   return kernels;
 }
 

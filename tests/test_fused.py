@@ -8,6 +8,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
     GraniteConfig,
     GraniteForCausalLM,
@@ -21,12 +22,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from airl_fast import _C, fused, pack
+from airl_fast import _C, backend, fused, pack
 from airl_fast.attention import enable_packed_attention, packed_forward
 from airl_fast.fused import fuse
+from airl_fast.ops import _cpu_products as products
 from airl_fast.packing import Trace
 
-pytestmark = pytest.mark.skipif(not _C.products_ready(), reason="needs a processor with AMX")
 SIZES = {
     "vocab_size": 90,
     "hidden_size": 128,
@@ -84,13 +85,24 @@ def errors(model, batch, passes=2):
     return own, [error(states(model, batch)) for _ in range(passes)]
 
 
+@pytest.mark.parametrize("tiles", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_states_are_as_exact_as_those_of_transformers(kind, monkeypatch):
+def test_states_are_as_exact_as_those_of_transformers(kind, tiles, monkeypatch):
+    if tiles and not _C.products_ready():
+        pytest.skip("needs a processor with AMX")
+    if not tiles:
+        monkeypatch.setattr(products, "LEAST_ROWS", 10**9)
+    ran = counted(monkeypatch)
+    own, found = errors(model_of(kind), batch_of())
+    assert max(found) <= 2 * own
+    # Two layers: one pass checks and believes them, the other believes them.
+    assert len(ran) == (0 if kind == "granite" else 6)
+
+
+def counted(monkeypatch):
     ran = []
     monkeypatch.setattr(fused, "_run", lambda *given, run=fused._run: ran.append(1) or run(*given))
-    own, found = errors(model_of(kind), batch_of())
-    assert max(found) <= 2 * own  # the first pass checks the layers, the second believes them
-    assert len(ran) == (0 if kind == "granite" else 4)
+    return ran
 
 
 def test_a_layer_that_has_changed_is_left_as_it_is():
@@ -103,8 +115,9 @@ def test_a_layer_that_has_changed_is_left_as_it_is():
     assert max(found) <= 2 * own
 
 
-def test_gradients_and_few_tokens_take_the_models_own_layers(monkeypatch):
-    model, batch = model_of("llama"), batch_of()
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_gradients_are_as_exact_as_those_of_transformers(kind, monkeypatch):
+    model, batch = model_of(kind), batch_of()
 
     def gradients(model):
         model.zero_grad()
@@ -112,14 +125,53 @@ def test_gradients_and_few_tokens_take_the_models_own_layers(monkeypatch):
         return {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
 
     expected, own = gradients(copy.deepcopy(model).double()), gradients(model)
+    ran = counted(monkeypatch)
     fuse(model)
-    monkeypatch.setattr(fused, "_run", lambda *given: pytest.fail("ran fused"))
-    for name, grad in gradients(model).items():
+    found = gradients(model)
+    assert len(ran) == 4
+    assert set(found) == set(expected)
+    for name, grad in found.items():
         error = (grad - expected[name]).norm()
         assert error <= 2 * (own[name] - expected[name]).norm() + 1e-7 * expected[name].norm(), name
-    with torch.no_grad():
-        short = pack([Trace(prompt=(1,), completion=(2, 3), span_lengths=(2,))])
-        packed_forward(model.base_model, short)
+
+
+def test_gradients_of_gradients():
+    model, batch = model_of("llama"), batch_of()
+
+    def penalty(model):
+        model.zero_grad()
+        hidden = packed_forward(model.base_model, batch)
+        parameters = dict(model.base_model.named_parameters())
+        grads = torch.autograd.grad(hidden.square().mean(), parameters.values(), create_graph=True)
+        sum(g.square().sum() for g in grads).backward()
+        return {name: p.grad.double() for name, p in parameters.items()}
+
+    with sdpa_kernel(SDPBackend.MATH):  # the other has no second gradient
+        expected, own = penalty(copy.deepcopy(model).double()), penalty(model)
+        fuse(model)
+        for name, grad in penalty(model).items():
+            error = (grad - expected[name]).norm()
+            assert error <= 3 * (own[name] - expected[name]).norm() + 1e-6 * expected[name].norm()
+
+
+def test_who_listens_inside_hears_the_models_own_layers(monkeypatch):
+    model, batch, heard = model_of("llama"), batch_of(), []
+    ran = counted(monkeypatch)
+    fuse(model)
+    for layer in model.base_model.layers:
+        layer.mlp.register_forward_hook(lambda *given: heard.append(1))
+    states(model, batch)
+    assert (len(ran), len(heard)) == (0, 2)
+
+
+def test_a_forced_backend_is_not_fused(monkeypatch):
+    model, batch = model_of("llama"), batch_of()
+    expected = states(model, batch)
+    ran = counted(monkeypatch)
+    fuse(model)
+    with backend("reference"):
+        assert torch.equal(states(model, batch), expected)
+    assert not ran
 
 
 def test_a_copy_runs_on_its_own_weights():

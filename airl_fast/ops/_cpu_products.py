@@ -116,21 +116,6 @@ def multiply_gated(a: Tensor, gate: Factor, up: Tensor, norm: Norm) -> bool:
     return True
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Rotate the heads of ``x [T, H, E]`` in place by ``cos`` and ``sin [T, E]``, halves paired."""
-    tokens, heads, size = x.shape
-    _C.rotate(
-        x.data_ptr(),
-        x.stride(0),
-        tokens,
-        heads,
-        size,
-        cos.data_ptr(),
-        sin.data_ptr(),
-        torch.get_num_threads(),
-    )
-
-
 def _run(
     a: Tensor,
     factors: Sequence[Factor],

@@ -164,19 +164,6 @@ def test_a_long_inner_dimension_is_not_gated():
     assert not products.multiply_gated(x, Factor(b, torch.empty(256, 64)), b, norm)
 
 
-@needs_tiles
-@pytest.mark.parametrize("size", [8, 32, 64, 80])
-def test_rotation_in_place(size):
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(70, 3, size, generator=generator)
-    cos, sin = (torch.randn(70, size, generator=generator) for _ in range(2))
-    wide = x.double()
-    turned = torch.cat([-wide[..., size // 2 :], wide[..., : size // 2]], -1)
-    expected = wide * cos.double()[:, None] + turned * sin.double()[:, None]
-    products.rotate(x, cos, sin)
-    torch.testing.assert_close(x.double(), expected, rtol=1e-5, atol=1e-5)
-
-
 def test_what_is_not_served_runs_in_torch():
     a, b = torch.randn(300, 64), torch.randn(64, 70)
     few = torch.randn(3, 64)
