@@ -79,6 +79,8 @@ def _serves(layer: Any, hidden_states: Tensor, kwargs: dict[str, Any]) -> bool:
     """Whether a pass can run fused: one of ours, in float32, and nobody listens inside."""
     if kwargs.get("packed_batch") is None and kwargs.get("alone") is None:
         return False
+    if kwargs.get("output_attentions") or kwargs.get("output_hidden_states"):
+        return False
     if kwargs.get("position_embeddings") is None or forced() not in (None, "cpu"):
         return False
     attention, mlp = layer.self_attn, layer.mlp
@@ -89,8 +91,14 @@ def _serves(layer: Any, hidden_states: Tensor, kwargs: dict[str, Any]) -> bool:
         and between.serves(hidden_states, cos, sin, *(norm.weight for norm in norms))
         and cos.shape == (1, hidden_states.shape[1], attention.head_dim)
         and type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
-        and not any(m._forward_hooks or m._forward_pre_hooks for m in (attention, mlp, *norms))
+        and not any(_heard(module) for module in (attention, mlp, *norms))
     )
+
+
+def _heard(module: nn.Module) -> bool:
+    """Whether somebody's hooks wait for a module's call; transformers' own record on request."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return any(not hook.__module__.startswith("transformers.") for hook in hooks)
 
 
 def _run(layer: Any, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
@@ -139,7 +147,7 @@ def _fits_products(layer: Any, x: Tensor) -> bool:
     others = attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj
     return not torch.is_grad_enabled() and all(
         type(module) is nn.Linear
-        and not (module._forward_hooks or module._forward_pre_hooks)
+        and not _heard(module)
         and module.weight.dtype == torch.float32
         and (module.bias is None or module in heads)
         and products.serves_rows(len(x), module.weight) is None

@@ -195,7 +195,7 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         a, b = ctx.saved_tensors
         grad = grad if 1 in grad.stride() else grad.contiguous()
-        return (
-            _Product.apply(grad, b.t()) if ctx.needs_input_grad[0] else None,
-            _Product.apply(a.t(), grad) if ctx.needs_input_grad[1] else None,
-        )
+        d_a = _Product.apply(grad, b.t()) if ctx.needs_input_grad[0] else None
+        # b is a weight transposed: so its gradient lies in memory as the weight does.
+        d_b = _Product.apply(grad.t(), a).t() if ctx.needs_input_grad[1] else None
+        return d_a, d_b
