@@ -75,19 +75,25 @@ class Comparison:
         self._check(quantity, got[:, None], want[:, None], (got - want).abs(), tolerance, rows)
 
     def gradients(
-        self, quantity: str, got: Tensor, want: Tensor, rows: Tensor, *, rtol: float, floor: float
+        self,
+        quantity: str,
+        got: Tensor,
+        want: Tensor,
+        rows: Tensor,
+        *,
+        rtol: float,
+        floor: Tensor | float,
     ) -> None:
         """Compare gradients [R, D] row by row, by the norm of their difference.
 
-        It may be ``rtol`` of the row's norm, and of a tenth of the largest row's, and ``floor``:
-        where every probability is near 0 or 1, the coefficients are what rounding leaves of them.
+        It may be ``rtol`` of the row's norm and, one or [R], ``floor``: what rounding can leave of
+        a row that nearly cancels.
 
         Raises:
             AuditError: on the worst of the rows that are further apart, or not finite.
         """
         got, want = got.detach().float(), want.detach().float()
-        norms = want.norm(dim=1)
-        tolerance = rtol * (norms + 0.1 * norms.max()) + floor
+        tolerance = rtol * want.norm(dim=1) + floor
         self._check(quantity, got, want, (got - want).norm(dim=1), tolerance, rows)
 
     def _check(
