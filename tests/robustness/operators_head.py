@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 import airl_fast
 from tests.robustness.table import Cell, Entry
@@ -42,9 +43,23 @@ def score(**changed: Any) -> dict[str, Any]:
     return head(**disc, cu_spans=ints(0, 2, 3)) | changed
 
 
-HEADS = {"linear_logprob": head, "linear_policy_loss": policy, "airl_score": score}
+def vocab_parallel(**given: Any) -> Any:
+    """The sharded operator in a group of one process, which holds the whole head."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        return airl_fast.vocab_parallel_linear_logprob(**given)
+    finally:
+        dist.destroy_process_group()
+
+
+HEADS = {
+    "linear_logprob": head,
+    "vocab_parallel_linear_logprob": head,
+    "linear_policy_loss": policy,
+    "airl_score": score,
+}
 for _name, _given in HEADS.items():
-    _function = getattr(airl_fast, _name)
+    _function = vocab_parallel if "parallel" in _name else getattr(airl_fast, _name)
 
     def of(f=_function, given=_given, **changed):
         return lambda _: f(**given(**changed))
@@ -195,7 +210,7 @@ for _name, _given in HEADS.items():
         "reduction",
         TypeError,
     )
-    if _name == "linear_logprob":
+    if _given is head:
         CELLS.append(Entry(_name, [], offsets=NO_OFFSETS).cells[0])
 
 
@@ -216,7 +231,13 @@ def _no_rows(f: Any, given: Any) -> bool:
     return f(**head(**none)).shape == (0,)
 
 
-_f = airl_fast.linear_policy_loss
+Entry("vocab_parallel_linear_logprob", CELLS).refuses(
+    "option",
+    "a call without a process group",
+    lambda _: airl_fast.vocab_parallel_linear_logprob(**head()),
+    "received none",
+    "init_process_group first, or use linear_logprob",
+)
 
 
 def loss_with(**changed: Any) -> Any:
