@@ -1,10 +1,10 @@
 """Every so many steps, the operators of a run against plain torch in float32, on the run's batch.
 
-One micro-batch of the step goes through the operators as training calls them, and some of its rows
-through the reference (``ops/dispatch.py``), which is the operators' definition. Both read the same
-hidden states: what is compared is the operators, not the transformer. Tolerances are those that the
-tests of the operators leave room for, a tenth to a half of one percent; rounding takes a few
-percent of them (docs/guards.md).
+One micro-batch of the step goes through the operators as training calls them (the same one on each
+of several processes), and some of its rows through the reference (``ops/dispatch.py``), which is
+the operators' definition. Both read the same hidden states: what is compared is the operators, not
+the transformer. Tolerances are those that the tests of the operators leave room for, a third of one
+percent, and for gradients what rounding.py finds in the reference's own numbers (docs/guards.md).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from airl_fast.batches import derive_seed
 from airl_fast.comparison import AuditError, Comparison
 from airl_fast.config import RunConfig
 from airl_fast.learners import FORMS, Metrics, PolicyLearner, combine_logp
-from airl_fast.loading import Head
+from airl_fast.loading import Head, LanguageModel
 from airl_fast.models import Discriminator, Policy
 from airl_fast.ops._head import LinearHead, present
 from airl_fast.ops.discriminator_loss import discriminator_loss
@@ -65,14 +65,26 @@ class Audit:
         """
         if not self.due(step):
             return {}
-        policy, actions = learner.policy, sum(len(trace.completion) for trace in traces)
-        indices, batch = self._micro_batch(step, traces, policy.device)
+        indices, batch = self._micro_batch(step, traces, learner.policy.device)
         given = (advantages, old_logp, ref_logp)
         constants = [None if x is None else torch.cat([x[i] for i in indices]) for x in given]
-        head = _detached(policy.head)
+        actions = sum(len(trace.completion) for trace in traces)
         with torch.no_grad():
-            states = policy.hidden(batch)
-            read = policy.logprob(states, batch, learner.temperature)
+            worst = learner.policy.inside(self._policy, step, learner, batch, constants, actions)
+        return {"audit/policy": worst}
+
+    def _policy(
+        self,
+        step: int,
+        learner: PolicyLearner,
+        batch: PackedBatch,
+        constants: Sequence[Tensor | None],
+        actions: int,
+    ) -> float:
+        """The policy's operators on a micro-batch, where the head is whole."""
+        policy = learner.policy
+        head, states = _detached(policy.head), policy.hidden(batch)
+        read = policy.logprob(states, batch, learner.temperature)
         hidden = states[batch.state_index]
         rows = self._draw(step, len(hidden)).to(hidden.device)
         drawn, of_drawn = batch.targets[rows], [None if x is None else x[rows] for x in constants]
@@ -107,7 +119,7 @@ class Audit:
         if got.d_weight is not None and want.d_weight is not None:
             name, words = "the gradient of the head", torch.arange(len(head.weight))
             _gradients(loss, name, got.d_weight, want.d_weight, words, rounding.weight)
-        return {"audit/policy": max(logprob.worst, loss.worst)}
+        return max(logprob.worst, loss.worst)
 
     def discriminator(
         self,
@@ -130,23 +142,25 @@ class Audit:
         if not self.due(step):
             return {}
         indices, batch = self._micro_batch(step, traces, policy.device)
-        worst = 0.0
+        worst, body = 0.0, discriminator.body
         with torch.no_grad():
             shared = policy.hidden(batch) if discriminator.trunk == "policy" else None
             f = discriminator.f(batch, shared)
-        if discriminator.head_kind == "lm":
-            worst = self._energies(step, discriminator, [traces[i] for i in indices], batch)
+            if discriminator.head_kind == "lm" and body is not None:
+                given = [traces[i] for i in indices], batch
+                worst = body.inside(self._energies, step, discriminator, body, *given)
         how = self.config.discriminator
         of_spans = combine_logp(
             torch.cat([logp[i] for i in indices]), batch.cu_spans, how.span_logp
         )
-        worst = max(worst, self._loss(batch, f, of_spans))
-        return {"audit/discriminator": worst}
+        of_loss = policy.world.agree(lambda: self._loss(batch, f, of_spans))
+        return {"audit/discriminator": max(worst, of_loss)}
 
     def _energies(
         self,
         step: int,
         discriminator: Discriminator,
+        body: LanguageModel,
         traces: Sequence[Trace],
         batch: PackedBatch,
     ) -> float:
@@ -156,10 +170,7 @@ class Audit:
             chosen.append(i)
             if sum(len(traces[i].completion) for i in chosen) >= self.rows:
                 break
-        body = discriminator.body
-        assert body is not None
-        with torch.no_grad():
-            hidden = body.hidden(batch)
+        hidden = body.hidden(batch)
         actions, spans = _ranges(batch.cu_actions, chosen), _ranges(batch.cu_seq_spans, chosen)
         f, d_hidden = _differentiated(discriminator, batch, hidden, spans)
         # The same states in a batch of the chosen traces alone, for the reference.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ class AuditError(RuntimeError):
         difference: float,
         tolerance: float,
     ) -> None:
+        self._given = where, row, pair, difference, tolerance
         self.operator, self.backend, self.quantity = where
         self.row = row
         self.value, self.reference = pair
@@ -39,6 +41,9 @@ class AuditError(RuntimeError):
             "updated. Run `airl-fast doctor`; AIRL_FAST_BACKEND=reference goes on without the "
             "backend, guards.audit_every=0 without the audit"
         )
+
+    def __reduce__(self) -> tuple[type[AuditError], tuple[Any, ...]]:
+        return AuditError, self._given  # for other processes: an error is made from its message
 
 
 @dataclass

@@ -28,7 +28,7 @@ from airl_fast.batches import (
 )
 from airl_fast.building import create_discriminator, load_policy
 from airl_fast.config import RunConfig, check_is_config
-from airl_fast.distributed import World, gathered, join, refuse_alone
+from airl_fast.distributed import World, gathered, join
 from airl_fast.evaluation import auc
 from airl_fast.guards import Guards
 from airl_fast.learners import (
@@ -305,7 +305,6 @@ class Trainer:
 
     def _share(self) -> None:
         """Cut the models in pieces among the processes, which have to hold the same so far."""
-        refuse_alone(self.config, self.world)
         self.world.check_same("configuration", self.config)
         for what, items in (
             ("demonstrations", self.demonstrated.items),
@@ -406,10 +405,12 @@ class Trainer:
                 metrics["valid/auc_f"] = auc(score.numpy(), right.numpy())
 
     def _record(self, metrics: dict[str, Any], *, save: bool) -> None:
-        if self.world.first:
+        def recorded() -> bool:
             self.folder.record(metrics)
+            return self.folder.best.improves(metrics)
+
         due = self.step % self.config.run.checkpoint_every == 0 or self.step == self.total_steps
-        best = self.world.first_does(lambda: self.folder.best.improves(metrics))
+        best = self.world.first_does(recorded)
         if best or due or save:
             self.save_checkpoint()
         if self.on_step is not None:
