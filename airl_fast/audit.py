@@ -25,7 +25,8 @@ from airl_fast.models import Discriminator, Policy
 from airl_fast.ops._head import LinearHead, present
 from airl_fast.ops.discriminator_loss import discriminator_loss
 from airl_fast.ops.dispatch import backend, serving
-from airl_fast.packing import PackedBatch, Source, Trace, pack, plan_traces
+from airl_fast.packing import PackedBatch, Source, Trace, pack
+from airl_fast.planning import plan_traces
 from airl_fast.rounding import gradient_rounding
 
 __all__ = ["Audit", "AuditError"]
