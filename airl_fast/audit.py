@@ -1,15 +1,14 @@
 """Every so many steps, the operators of a run against plain torch in float32, on the run's batch.
 
-One micro-batch of the step goes through the operators as training calls them, and some of its rows
-through the reference (``ops/dispatch.py``), which is the operators' definition. Both read the same
-hidden states: what is compared is the operators, not the transformer. Tolerances are those that the
-tests of the operators leave room for, a tenth to a half of one percent; rounding takes a few
-percent of them (docs/guards.md).
+One micro-batch of the step goes through the operators as training calls them (the same one on each
+of several processes), and some of its rows through the reference (``ops/dispatch.py``), which is
+the operators' definition. Both read the same hidden states: what is compared is the operators, not
+the transformer. Tolerances are those that the tests of the operators leave room for, a third of one
+percent, and for gradients what rounding.py finds in the reference's own numbers (docs/guards.md).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -21,20 +20,19 @@ from airl_fast.batches import derive_seed
 from airl_fast.comparison import AuditError, Comparison
 from airl_fast.config import RunConfig
 from airl_fast.learners import FORMS, Metrics, PolicyLearner, combine_logp
-from airl_fast.loading import Head
+from airl_fast.loading import Head, LanguageModel
 from airl_fast.models import Discriminator, Policy
-from airl_fast.ops._head import present
+from airl_fast.ops._head import LinearHead, present
 from airl_fast.ops.discriminator_loss import discriminator_loss
 from airl_fast.ops.dispatch import backend, serving
-from airl_fast.packing import PackedBatch, Source, Trace, pack, plan_traces
+from airl_fast.packing import PackedBatch, Source, Trace, pack
+from airl_fast.planning import plan_traces
+from airl_fast.rounding import gradient_rounding
 
 __all__ = ["Audit", "AuditError"]
 
-# Log-probs, entropies: float32 logits whatever the inputs, so one tolerance. Gradients: of half
-# precision, what rounds the coefficients and the result to 8 bits.
-_ATOL = 2e-4
-_RTOL = {torch.float32: 3e-3, torch.float64: 3e-3, torch.bfloat16: 7e-3, torch.float16: 5e-3}
-_ROUNDING = 1e-5  # of a probability, where logits are some tens
+_ATOL = 2e-4  # log-probs, entropies: float32 logits whatever the inputs
+_RTOL = 3e-3  # gradients, before any rounding
 
 
 class Audit:
@@ -68,14 +66,26 @@ class Audit:
         """
         if not self.due(step):
             return {}
-        policy, actions = learner.policy, sum(len(trace.completion) for trace in traces)
-        indices, batch = self._micro_batch(step, traces, policy.device)
+        indices, batch = self._micro_batch(step, traces, learner.policy.device)
         given = (advantages, old_logp, ref_logp)
         constants = [None if x is None else torch.cat([x[i] for i in indices]) for x in given]
-        head = _detached(policy.head)
+        actions = sum(len(trace.completion) for trace in traces)
         with torch.no_grad():
-            states = policy.hidden(batch)
-            read = policy.logprob(states, batch, learner.temperature)
+            worst = learner.policy.inside(self._policy, step, learner, batch, constants, actions)
+        return {"audit/policy": worst}
+
+    def _policy(
+        self,
+        step: int,
+        learner: PolicyLearner,
+        batch: PackedBatch,
+        constants: Sequence[Tensor | None],
+        actions: int,
+    ) -> float:
+        """The policy's operators on a micro-batch, where the head is whole."""
+        policy = learner.policy
+        head, states = _detached(policy.head), policy.hidden(batch)
+        read = policy.logprob(states, batch, learner.temperature)
         hidden = states[batch.state_index]
         rows = self._draw(step, len(hidden)).to(hidden.device)
         drawn, of_drawn = batch.targets[rows], [None if x is None else x[rows] for x in constants]
@@ -97,30 +107,20 @@ class Audit:
         ):
             found.values("log-prob", logp, want.logp, rows, atol=_ATOL)
             found.values("entropy", entropy, want.entropy, rows, atol=_ATOL)
-        rounding = self._coefficient(learner, of_drawn, head) / actions * _ROUNDING
-        self._gradients(loss, got, want, rows, (hidden[rows], head), rounding)
-        return {"audit/policy": max(logprob.worst, loss.worst)}
-
-    def _gradients(
-        self,
-        found: Comparison,
-        got: _Results,
-        want: _Results,
-        rows: Tensor,
-        inputs: tuple[Tensor, Head],
-        rounding: float,
-    ) -> None:
-        """Compare the gradients; the inputs are what a rounded coefficient is multiplied with."""
-        hidden, head = inputs
-        rtol = max(_RTOL[hidden.dtype], _RTOL[head.weight.dtype])
-        floor = rounding * float(head.weight.float().norm(dim=1).max())
+        rounding = gradient_rounding(
+            hidden[rows],
+            _linear(head, learner.temperature),
+            drawn,
+            _of_logp(want.logp, of_drawn, self.config.algorithm.kl_beta) / actions,
+            learner.entropy_coef / actions,
+            products=_products(hidden, head),
+        )
         name = "the gradient at the hidden state"
-        found.gradients(name, got.d_hidden, want.d_hidden, rows, rtol=rtol, floor=floor)
+        _gradients(loss, name, got.d_hidden, want.d_hidden, rows, rounding.hidden)
         if got.d_weight is not None and want.d_weight is not None:
-            words = torch.arange(len(head.weight))
-            floor = rounding * float(hidden.float().norm(dim=1).sum())
-            name = "the gradient of the head"
-            found.gradients(name, got.d_weight, want.d_weight, words, rtol=rtol, floor=floor)
+            name, words = "the gradient of the head", torch.arange(len(head.weight))
+            _gradients(loss, name, got.d_weight, want.d_weight, words, rounding.weight)
+        return max(logprob.worst, loss.worst)
 
     def discriminator(
         self,
@@ -143,23 +143,25 @@ class Audit:
         if not self.due(step):
             return {}
         indices, batch = self._micro_batch(step, traces, policy.device)
-        worst = 0.0
+        worst, body = 0.0, discriminator.body
         with torch.no_grad():
             shared = policy.hidden(batch) if discriminator.trunk == "policy" else None
             f = discriminator.f(batch, shared)
-        if discriminator.head_kind == "lm":
-            worst = self._energies(step, discriminator, [traces[i] for i in indices], batch)
+            if discriminator.head_kind == "lm" and body is not None:
+                given = [traces[i] for i in indices], batch
+                worst = body.inside(self._energies, step, discriminator, body, *given)
         how = self.config.discriminator
         of_spans = combine_logp(
             torch.cat([logp[i] for i in indices]), batch.cu_spans, how.span_logp
         )
-        worst = max(worst, self._loss(batch, f, of_spans))
-        return {"audit/discriminator": worst}
+        of_loss = policy.world.agree(lambda: self._loss(batch, f, of_spans))
+        return {"audit/discriminator": max(worst, of_loss)}
 
     def _energies(
         self,
         step: int,
         discriminator: Discriminator,
+        body: LanguageModel,
         traces: Sequence[Trace],
         batch: PackedBatch,
     ) -> float:
@@ -169,10 +171,7 @@ class Audit:
             chosen.append(i)
             if sum(len(traces[i].completion) for i in chosen) >= self.rows:
                 break
-        body = discriminator.body
-        assert body is not None
-        with torch.no_grad():
-            hidden = body.hidden(batch)
+        hidden = body.hidden(batch)
         actions, spans = _ranges(batch.cu_actions, chosen), _ranges(batch.cu_seq_spans, chosen)
         f, d_hidden = _differentiated(discriminator, batch, hidden, spans)
         # The same states in a batch of the chosen traces alone, for the reference.
@@ -188,16 +187,20 @@ class Audit:
         tokens = lengths if discriminator.span_logp == "sum" else torch.ones_like(lengths)
         reading = Comparison("linear_logprob", _backend("linear_logprob", hidden, head))
         reading.values("f", f, want_f, spans, atol=_ATOL * kappa * tokens)
+        read_alone = alone.state_index
+        of_logp = kappa / (1 if discriminator.span_logp == "sum" else lengths)
+        of_actions = gradient_rounding(
+            hidden[read],
+            _linear(head),
+            alone.targets,
+            (states.new_ones(len(lengths)) * of_logp).repeat_interleave(lengths),
+            products=_products(hidden, head),
+        ).hidden
+        rounding = states.new_zeros(len(states)).index_add(0, read_alone, of_actions)[read_alone]
         name = "linear_logprob_backward"
         training = Comparison(name, _backend(name, hidden, head))
-        training.gradients(
-            "the gradient of f at the hidden state",
-            d_hidden[read],
-            want_d[alone.state_index],
-            read,
-            rtol=max(_RTOL[hidden.dtype], _RTOL[head.weight.dtype]),
-            floor=_ROUNDING * kappa * float(head.weight.float().norm(dim=1).max()),
-        )
+        name = "the gradient of f at the hidden state"
+        _gradients(training, name, d_hidden[read], want_d[read_alone], read, rounding)
         return max(reading.worst, training.worst)
 
     def _loss(self, batch: PackedBatch, f: Tensor, logp: Tensor) -> float:
@@ -241,17 +244,6 @@ class Audit:
         order = torch.randperm(count, generator=generator)
         return order if all_of_them else order[: self.rows].sort().values
 
-    def _coefficient(
-        self, learner: PolicyLearner, constants: Sequence[Tensor | None], head: Head
-    ) -> float:
-        """How large d loss / d logit of a row can be, before the mean over the actions."""
-        advantages = constants[0]
-        assert advantages is not None
-        algorithm = self.config.algorithm
-        of_entropy = learner.entropy_coef * math.log(len(head.weight))
-        largest = float(advantages.abs().max()) + algorithm.kl_beta + of_entropy
-        return largest * head.logit_scale / learner.temperature
-
 
 class _Results(NamedTuple):
     """What a policy loss gives for its rows."""
@@ -283,6 +275,32 @@ def _results(
         loss.backward()
     assert hidden.grad is not None
     return _Results(stats.logp, stats.entropy, hidden.grad, head.weight.grad)
+
+
+def _of_logp(logp: Tensor, constants: Sequence[Tensor | None], beta: float) -> Tensor:
+    """How large d loss / d logp of the rows [R] is, its terms without their signs."""
+    advantages, old, ref = constants
+    assert advantages is not None
+    size = advantages.abs() if old is None else advantages.abs() * (logp - old).exp()
+    return size if ref is None else size + beta * (1 + (ref - logp).exp())
+
+
+def _gradients(
+    found: Comparison, name: str, got: Tensor, want: Tensor, rows: Tensor, rounding: Tensor
+) -> None:
+    """Compare gradients; one in half precision was rounded to it at last."""
+    unit = torch.finfo(got.dtype).eps / 2
+    found.gradients(name, got, want, rows, rtol=_RTOL + unit, floor=rounding)
+
+
+def _products(hidden: Tensor, head: Head) -> torch.dtype:
+    """The dtype that a backend rounds d logits to: on a CPU float32 whatever it is given."""
+    alike = hidden.is_cuda and hidden.dtype == head.weight.dtype
+    return hidden.dtype if alike else torch.float32
+
+
+def _linear(head: Head, temperature: float = 1.0) -> LinearHead:
+    return LinearHead(head.weight, head.bias, temperature, head.softcap, head.logit_scale)
 
 
 def _detached(head: Head) -> Head:

@@ -57,6 +57,7 @@ def train(arguments: argparse.Namespace) -> int:
         try:
             with stop:
                 history = trainer.train()
+                leave(world)
         except KeyboardInterrupt:
             print(
                 f"airl-fast: interrupted after step {trainer.step} of {trainer.total_steps}; the "
@@ -64,7 +65,6 @@ def train(arguments: argparse.Namespace) -> int:
                 file=sys.stderr,
             )
             return 130
-    leave(world)
     console.print(summary(history))
     if trainer.step < trainer.total_steps:
         print(

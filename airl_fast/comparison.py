@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ class AuditError(RuntimeError):
         difference: float,
         tolerance: float,
     ) -> None:
+        self._given = where, row, pair, difference, tolerance
         self.operator, self.backend, self.quantity = where
         self.row = row
         self.value, self.reference = pair
@@ -39,6 +41,9 @@ class AuditError(RuntimeError):
             "updated. Run `airl-fast doctor`; AIRL_FAST_BACKEND=reference goes on without the "
             "backend, guards.audit_every=0 without the audit"
         )
+
+    def __reduce__(self) -> tuple[type[AuditError], tuple[Any, ...]]:
+        return AuditError, self._given  # for other processes: an error is made from its message
 
 
 @dataclass
@@ -75,19 +80,25 @@ class Comparison:
         self._check(quantity, got[:, None], want[:, None], (got - want).abs(), tolerance, rows)
 
     def gradients(
-        self, quantity: str, got: Tensor, want: Tensor, rows: Tensor, *, rtol: float, floor: float
+        self,
+        quantity: str,
+        got: Tensor,
+        want: Tensor,
+        rows: Tensor,
+        *,
+        rtol: float,
+        floor: Tensor | float,
     ) -> None:
         """Compare gradients [R, D] row by row, by the norm of their difference.
 
-        It may be ``rtol`` of the row's norm, and of a tenth of the largest row's, and ``floor``:
-        where every probability is near 0 or 1, the coefficients are what rounding leaves of them.
+        It may be ``rtol`` of the row's norm and, one or [R], ``floor``: what rounding can leave of
+        a row that nearly cancels.
 
         Raises:
             AuditError: on the worst of the rows that are further apart, or not finite.
         """
         got, want = got.detach().float(), want.detach().float()
-        norms = want.norm(dim=1)
-        tolerance = rtol * (norms + 0.1 * norms.max()) + floor
+        tolerance = rtol * want.norm(dim=1) + floor
         self._check(quantity, got, want, (got - want).norm(dim=1), tolerance, rows)
 
     def _check(

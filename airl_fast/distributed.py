@@ -18,17 +18,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from airl_fast.comparison import AuditError
 from airl_fast.loading_checks import known_device
-
-if TYPE_CHECKING:
-    from airl_fast.config import RunConfig
+from airl_fast.ops._deferred import raise_failed
+from airl_fast.ops._finite import NonFiniteValueError
 
 T = TypeVar("T")
+
+# What one rank can meet alone in its part of the work, when all that the ranks do together in a
+# pass has been done: it is told to the others, so that all of them stop, or skip, at one place.
+_TOLD = (NonFiniteValueError, AuditError)
 
 # A rank that waits longer than this for another gives up: the longest that sampling may differ by.
 TIMEOUT = timedelta(minutes=30)
@@ -108,6 +113,28 @@ class World:
         result: T = outcome[0]
         return result
 
+    def raise_together(self, error: Exception | None) -> None:
+        """Raise on all ranks the error of the first that has one; return where none has."""
+        if self.size > 1:
+            first = torch.tensor(self.rank if error is not None else self.size)
+            torch.distributed.all_reduce(first, torch.distributed.ReduceOp.MIN)
+            if first < self.size:
+                told = [error]
+                torch.distributed.broadcast_object_list(told, int(first))
+                error = error if first == self.rank else told[0]
+        if error is not None:
+            raise error
+
+    def agree(self, function: Callable[[], T]) -> T:
+        """Call what works on this rank alone; where a rank meets a value or drift, all raise it.
+
+        Raises:
+            NonFiniteValueError, AuditError: of the first rank that met one.
+        """
+        result, error = _caught(function) if self.size > 1 else (function(), None)
+        self.raise_together(error)
+        return result  # type: ignore[return-value]
+
     def check_same(self, what: str, value: object) -> None:
         """Refuse to go on where ranks hold different things, told apart by their ``repr``.
 
@@ -175,24 +202,14 @@ def leave(world: World) -> None:
         torch.distributed.destroy_process_group()
 
 
-def refuse_alone(config: RunConfig, world: World) -> None:
-    """Refuse what one rank would do while the others go on.
-
-    Raises:
-        ValueError: naming the key and why it cannot be shared.
-    """
-    if world.size == 1:
-        return
-    if config.guards.non_finite == "skip":
-        raise ValueError(
-            f"guards.non_finite=skip with {world.size} processes: the rank that meets the value "
-            "would skip the step alone; set guards.non_finite=stop, or use one process"
-        )
-    if config.guards.audit_every:
-        raise ValueError(
-            f"guards.audit_every={config.guards.audit_every} with {world.size} processes: an audit "
-            "reads whole weights; set guards.audit_every=0, or use one process"
-        )
+def _caught(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """What a call returns, or the error in it that the other ranks are to be told."""
+    try:
+        result = function()
+        raise_failed(wait=True)  # a GPU's checks would raise later, at another place on each rank
+        return result, None
+    except _TOLD as error:
+        return None, error
 
 
 class _Root(nn.Module):
@@ -251,15 +268,21 @@ class Shards:
             unit.set_gradient_divide_factor(1.0)
 
     def run(self, function: Callable[[], T]) -> T:
-        """Call a function with the head whole; calls within calls are plain ones."""
+        """Call a function with the head whole; calls within calls are plain ones.
+
+        Raises:
+            NonFiniteValueError, AuditError: the function raised it on some rank; on all of them.
+        """
         if self._running:
             return function()
         self._running = True
         try:
-            result: T = self.root(function)
-            return result
+            # Caught within, so that FSDP2 sees the pass end in the same way on every rank.
+            result, error = self.root(partial(_caught, function))
         finally:
             self._running = False
+        self.world.raise_together(error)
+        return result
 
     @contextmanager
     def whole(self) -> Iterator[None]:

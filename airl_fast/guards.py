@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -147,11 +148,7 @@ class Guards:
                 model.zero_grad(set_to_none=True)
         report = self._report(error, step, phase)
         folder = self.folder / "faults" / f"step-{step:06d}"
-        try:
-            save_fault(folder, report, self.batch)
-            kept = f"the batch is in {folder} (airl_fast.guards.load_fault)"
-        except OSError as failure:  # a full disk must not hide what was wrong
-            kept = f"the batch could not be written to {folder}: {failure}"
+        kept = self.policy.world.first_does(partial(self._keep, folder, report))
         self.skipped += 1
         self.in_a_row += 1
         text = f"guard non_finite: step {step} ({phase}), update of the {report['update']}: "
@@ -162,7 +159,16 @@ class Guards:
         if self.in_a_row > self.config.max_skips:
             text += f"; {self.in_a_row} steps in a row, more than guards.max_skips"
             raise NonFiniteError(f"{text}={self.config.max_skips}", folder) from error
-        _log.warning("%s; skipped (%d in a row)", text, self.in_a_row)
+        if self.policy.world.first:
+            _log.warning("%s; skipped (%d in a row)", text, self.in_a_row)
+
+    def _keep(self, folder: Path, report: dict[str, Any]) -> str:
+        """Write the batch; say where it is."""
+        try:
+            save_fault(folder, report, self.batch)
+        except OSError as failure:  # a full disk must not hide what was wrong
+            return f"the batch could not be written to {folder}: {failure}"
+        return f"the batch is in {folder} (airl_fast.guards.load_fault)"
 
     def _report(
         self, error: NonFiniteValueError | NonFiniteGradientError, step: int, phase: str
@@ -173,7 +179,7 @@ class Guards:
         found: tuple[str, int, int | None, str | None] | None = self.batch.first_non_finite()
         if isinstance(error, NonFiniteGradientError):
             report |= {"tensor": "gradient", "parameter": error.parameter}
-        elif found is None and self.policy.world.size == 1:  # passes are made by all ranks
+        elif found is None:
             found = self._recompute()
         if found is not None:
             tensor, trace, position, value = found

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -36,6 +38,16 @@ FORMS: dict[str, Literal["airl", "logit", "wgan"]] = {
 def combine_logp(logp: Tensor, cu_spans: Tensor, how: str) -> Tensor:
     """log pi of spans [S] from that of their actions [N]: their sum, or their mean."""
     return segment_mean(logp, cu_spans) if how == "mean" else segment_sum(logp, cu_spans)
+
+
+@dataclass
+class _Sums:
+    """What an update's metrics are added up from; by class, experts being True."""
+
+    spans: dict[bool, int]  # of the whole batch
+    right: dict[bool, float] = field(default_factory=lambda: {True: 0.0, False: 0.0})
+    energy: dict[bool, float] = field(default_factory=lambda: {True: 0.0, False: 0.0})
+    magnitude: float = 0.0
 
 
 class DiscriminatorLearner:
@@ -90,9 +102,7 @@ class DiscriminatorLearner:
         spans = {True: 0, False: 0}
         for trace in traces:
             spans[trace.source == Source.EXPERT] += len(trace.span_lengths)
-        whole = 1.0 if self.config.logit == "wgan" else 0.5
-        total, floored, magnitude = 0.0, 0.0, 0.0
-        right, energy = {True: 0.0, False: 0.0}, {True: 0.0, False: 0.0}
+        total, floored, sums = 0.0, 0.0, _Sums(spans)
         for indices, batch, weight in micro_batches(traces, self.token_budget, self.policy):
             logp = torch.cat([action_logp[i] for i in indices])
             logp = combine_logp(logp, batch.cu_spans, self.config.span_logp)
@@ -101,41 +111,50 @@ class DiscriminatorLearner:
                 logp = logp.clamp(min=self.config.logp_floor)
             f = self.discriminator.f(batch, self._policy_hidden(batch))
             is_expert = (batch.source == Source.EXPERT).repeat_interleave(batch.cu_seq_spans.diff())
-            losses = []
-            for label in (True, False):
-                mine = is_expert == label
-                if not mine.any():
-                    continue
-                share = weight * float(mine.sum()) / spans[label]
-                loss, stats = discriminator_loss(
-                    f[mine],
-                    logp[mine],
-                    is_expert[mine],
-                    form=FORMS[self.config.logit],
-                    label_smoothing=self.config.label_smoothing,
-                )
-                losses.append(whole * share * loss)
-                right[label] += share * float(stats.accuracy)
-                of_f, of_logits = self._sums(f.detach()[mine], logp[mine])
-                energy[label] += weight * of_f / spans[label]
-                magnitude += weight * 0.5 * of_logits / spans[label]
-            loss = torch.stack(losses).sum()
+            loss = self.policy.world.agree(
+                partial(self._both_classes, f, logp, is_expert, weight, sums)
+            )
             if loss.requires_grad:
                 loss.backward()
             total += float(loss.detach())
         metrics = {
             "disc/loss": total,
-            "disc/accuracy": 0.5 * (right[True] + right[False]),
-            "disc/accuracy_expert": right[True],
-            "disc/accuracy_policy": right[False],
-            "disc/f_expert": energy[True],
-            "disc/f_policy": energy[False],
-            "disc/logit": magnitude,
+            "disc/accuracy": 0.5 * (sums.right[True] + sums.right[False]),
+            "disc/accuracy_expert": sums.right[True],
+            "disc/accuracy_policy": sums.right[False],
+            "disc/f_expert": sums.energy[True],
+            "disc/f_policy": sums.energy[False],
+            "disc/logit": sums.magnitude,
             "disc/logp_floored": floored,
         }
         metrics = self.policy.world.totals(metrics)
         head = self.discriminator.head_parameters()
         return metrics | {f"disc/{k[5:]}": p.item() for k, p in head.items() if p.numel() == 1}
+
+    def _both_classes(
+        self, f: Tensor, logp: Tensor, is_expert: Tensor, weight: float, sums: _Sums
+    ) -> Tensor:
+        """The loss of a micro-batch; what else is told of it is added to ``sums``."""
+        whole = 1.0 if self.config.logit == "wgan" else 0.5
+        losses = []
+        for label in (True, False):
+            mine = is_expert == label
+            if not mine.any():
+                continue
+            share = weight * float(mine.sum()) / sums.spans[label]
+            loss, stats = discriminator_loss(
+                f[mine],
+                logp[mine],
+                is_expert[mine],
+                form=FORMS[self.config.logit],
+                label_smoothing=self.config.label_smoothing,
+            )
+            losses.append(whole * share * loss)
+            sums.right[label] += share * float(stats.accuracy)
+            of_f, of_logits = self._sums(f.detach()[mine], logp[mine])
+            sums.energy[label] += weight * of_f / sums.spans[label]
+            sums.magnitude += weight * 0.5 * of_logits / sums.spans[label]
+        return torch.stack(losses).sum()
 
     def _sums(self, f: Tensor, logp: Tensor) -> list[float]:
         """The sums of f and of |logit| over spans, by one read from the device."""

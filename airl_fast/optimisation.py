@@ -93,7 +93,8 @@ class Optimiser:
         """
         sum_gradients(self.parameters, self.world)
         norm = clip_grad_norm_(self.parameters, self.clip_norm, self.world)
-        raise_failed()  # reading the norm has waited for the GPU: what it found wrong is known
+        # Reading the norm has waited for the GPU: what it found wrong is known.
+        self.world.agree(raise_failed)
         if not math.isfinite(norm):
             error = self._non_finite(norm)
             self.adamw.zero_grad(set_to_none=True)

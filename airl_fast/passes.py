@@ -14,7 +14,8 @@ from torch import Tensor
 from airl_fast.loading import LanguageModel
 from airl_fast.models import Discriminator
 from airl_fast.ops.segments import segment_sum
-from airl_fast.packing import PackedBatch, Trace, pack, plan_traces
+from airl_fast.packing import PackedBatch, Trace, pack
+from airl_fast.planning import plan_traces
 
 
 def micro_batches(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from airl_fast.parsing import parse_json, shown, shown_names
-from airl_fast.tasks.rows import Row, iter_rows
+from airl_fast.tasks.rows import Row, RowFile
 
 Format = Literal["jsonl", "processbench", "prm800k"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -75,7 +75,7 @@ class Steps:
 
 
 class Reading:
-    """The items of a file, read while they are iterated over.
+    """The items of a file, read anew each time they are iterated over, and never held.
 
     Args:
         path: JSON lines, compressed (.gz) or not; for ProcessBench a JSON array (.json) too,
@@ -87,7 +87,8 @@ class Reading:
         dropped: how many of them gave no item, by reason.
 
     Raises:
-        ValueError: no such file or format; while iterating, a malformed row, with its line.
+        ValueError: no such file or format; while iterating, a malformed row, with its line, or a
+            file that has changed since it was given.
     """
 
     def __init__(self, path: Path, format: Format = "jsonl") -> None:
@@ -97,6 +98,7 @@ class Reading:
             raise ValueError(f"{path}: no such file; give a file of JSON lines")
         self.path = path
         self.format = format
+        self._lines = RowFile(path)
         self.rows = 0
         self.dropped: Counter[str] = Counter()
 
@@ -104,7 +106,7 @@ class Reading:
         self.rows = 0
         self.dropped.clear()
         parse = {"jsonl": _plain, "processbench": _processbench, "prm800k": _prm800k}[self.format]
-        for row in _array(self.path) if self.path.suffix == ".json" else iter_rows(self.path):
+        for row in _array(self.path) if self.path.suffix == ".json" else self._lines:
             self.rows += 1
             item = parse(row)
             if isinstance(item, str):

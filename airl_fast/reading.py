@@ -30,8 +30,9 @@ from airl_fast.loading import LanguageModel
 from airl_fast.models import Discriminator
 from airl_fast.ops._cpu_head import alike_tiles
 from airl_fast.ops.segments import segment_last, segment_mean, segment_sum
-from airl_fast.packing import PackedBatch, Trace, pack, plan_traces
+from airl_fast.packing import PackedBatch, Trace, pack
 from airl_fast.passes import offsets
+from airl_fast.planning import plan_traces
 
 Passes = Literal["alone", "packed"]
 Cut = Sequence[tuple[int, ...]]  # span lengths of every pair

@@ -10,8 +10,10 @@
 from __future__ import annotations
 
 import json
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -219,8 +221,8 @@ def write_models(
     Raises:
         WriteError: they cannot be written.
     """
-    with explained(str(folder / "policy")), _made_by_first(folder / "policy", policy) as made:
-        policy.save(made)
+    world = policy.world
+    _write_whole(folder / "policy", world, policy.save)
     if discriminator is None:
         return
     training = {
@@ -232,13 +234,33 @@ def write_models(
         "temperature": config.sampling.temperature,
         "task": task.name,
     }
-    with explained(str(folder / "reward")), _made_by_first(folder / "reward", policy) as made:
-        discriminator.save(made, training=training)
+    _write_whole(folder / "reward", world, partial(discriminator.save, training=training))
 
 
-def _made_by_first(final: Path, policy: Policy) -> AbstractContextManager[Path]:
-    """A whole folder on rank 0, which alone writes; the others only take part in gathering."""
-    return whole_folder(final) if policy.world.first else nullcontext(final)
+def _write_whole(final: Path, world: World, save: Callable[[Path], None]) -> None:
+    """Let rank 0 write a folder whole; what keeps it from that is raised on all ranks.
+
+    Args:
+        final: the folder.
+        world: the ranks.
+        save: called by all of them: gathers the weights, then writes on rank 0.
+    """
+    failure: Exception | None = None
+    with explained(str(final)), ExitStack() as place:
+        made = world.first_does(lambda: place.enter_context(whole_folder(final)))
+        try:
+            save(made)
+        except Exception as error:
+            if not world.first:
+                raise
+            failure = error
+
+        def finish() -> None:
+            if failure is not None:
+                raise failure
+            place.close()
+
+        world.first_does(finish)
 
 
 def _step_metrics(line: str, path: Path, number: int) -> dict[str, Any]:

@@ -18,18 +18,10 @@ from torch import Tensor
 
 from airl_fast.advantages import token_advantages
 from airl_fast.audit import Audit
-from airl_fast.batches import (
-    Problem,
-    Shuffled,
-    TraceMaker,
-    check_lengths,
-    derive_seed,
-    encode,
-)
+from airl_fast.batches import Problem, derive_seed
 from airl_fast.building import create_discriminator, load_policy
 from airl_fast.config import RunConfig, check_is_config
-from airl_fast.distributed import World, gathered, join, refuse_alone
-from airl_fast.evaluation import auc
+from airl_fast.distributed import World, gathered, join
 from airl_fast.guards import Guards
 from airl_fast.learners import (
     DiscriminatorLearner,
@@ -42,12 +34,12 @@ from airl_fast.learners import (
 from airl_fast.models import Discriminator, Policy
 from airl_fast.optimisation import Optimiser
 from airl_fast.packing import Source, Trace
-from airl_fast.passes import action_logp, offsets, per_trace_sum, span_energies
+from airl_fast.passes import action_logp, offsets, span_energies
 from airl_fast.rollout import Rollout, largest_mismatch, sample, summarise
 from airl_fast.run_folder import RunFolder, write_models
-from airl_fast.spans import span_rule
 from airl_fast.tasks import Task, load_task
-from airl_fast.validation import outcome_rewards, sample_problems, traces_of
+from airl_fast.training_data import TrainingData
+from airl_fast.validation import outcome_rewards, validate
 
 SFT, DISCRIMINATOR, BOTH = "sft", "discriminator", "policy"
 
@@ -98,13 +90,12 @@ class Trainer:
 
         self.sft_steps, self.total_steps = config.sft_steps, config.total_steps
         self.step = 0
-        self._prepare_data()
+        self.data = TrainingData(config, self.task, self.policy)
         self._share()
         self._prepare_learners()
         self.folder = RunFolder(config)
-        lengths = [len(p.expert) for p in self.demonstrated.items if p.expert]
-        length = sum(lengths) / len(lengths) if lengths else None
         models = self.policy, self.discriminator
+        length = self.data.demonstrated_length
         self.guards = Guards(config, self.folder.path, *models, demonstrated_length=length)
         self.audit = Audit(config)
 
@@ -139,9 +130,7 @@ class Trainer:
 
     def _sft_step(self, step: int) -> Metrics:
         """Imitation: the policy-gradient loss with advantage one on the demonstrations."""
-        size = self.config.algorithm.sft_batch
-        problems = self.demonstrated.take(step * size, size)
-        traces = [self.maker.expert(problem, i) for i, problem in enumerate(problems)]
+        traces = self.data.demonstrations(step)
         self.guards.saw(traces)
         ones = [torch.ones(len(trace.completion), device=self.policy.device) for trace in traces]
         metrics = self.audit.policy(step, self.sft_learner, traces, ones)
@@ -154,28 +143,31 @@ class Trainer:
         if step == self.sft_steps:
             self._end_sft()
         algorithm, size = self.config.algorithm, self.config.sampling.group_size
-        problems = self._problems(step, phase)
+        problems = self.data.problems(step, phase == BOTH)
         rollouts = self._sample(problems, step)
         traces = [
-            self.maker.trace(problems[i // size], rollout.completion, Source.POLICY, i // size)
+            self.data.maker.trace(problems[i // size], rollout.completion, Source.POLICY, i // size)
             for i, rollout in enumerate(rollouts)
         ]
         metrics = summarise(rollouts)
-        experts = self._experts(problems)
-        everything = [*traces, *experts, *self._negatives(problems, traces, step)]
+        learner = self.disc_learner
+        experts = self.data.experts(problems) if learner or algorithm.expert_in_group else []
+        negatives = self.data.negatives(problems, traces, step, learner.replay) if learner else []
+        everything = [*traces, *experts, *negatives]
         self.guards.saw(everything)
         logp = self._logp(everything)
         self.guards.saw(everything, logp)
         metrics["sampler_mismatch"] = largest_mismatch(rollouts, logp[: len(rollouts)])
 
-        if self.disc_learner is not None:
+        if learner is not None:
             # Samples of prompts without a demonstration are left out: f would learn to tell the
             # prompts apart.
-            seen = [i for i, trace in enumerate(everything) if trace.group < self.shown]
+            shown = self.data.shown
+            seen = [i for i, trace in enumerate(everything) if trace.group < shown]
             contrast, contrast_logp = [everything[i] for i in seen], [logp[i] for i in seen]
             for _ in range(self.config.discriminator.updates_per_step):
-                metrics |= self.disc_learner.update(contrast, contrast_logp)
-            self.disc_learner.replay.add([trace for trace in traces if trace.group < self.shown])
+                metrics |= learner.update(contrast, contrast_logp)
+            learner.replay.add([trace for trace in traces if trace.group < shown])
         if self.discriminator is not None:
             models = self.discriminator, self.policy
             metrics |= self.audit.discriminator(step, *models, everything, logp)
@@ -203,14 +195,6 @@ class Trainer:
             return SFT
         return DISCRIMINATOR if step < self.sft_steps + self.config.warmup_steps else BOTH
 
-    def _problems(self, step: int, phase: str) -> list[Problem]:
-        """Prompts with demonstrations first, then (for the policy alone) prompts without."""
-        problems = self.demonstrated.take(step * self.shown, self.shown)
-        rest = self.config.sampling.prompts_per_step - self.shown
-        if phase == BOTH and rest:
-            problems += self.unlabelled.take(step * rest, rest)
-        return problems
-
     def _sample(self, problems: Sequence[Problem], step: int) -> list[Rollout]:
         sampling = self.config.sampling
         return sample(
@@ -222,28 +206,6 @@ class Trainer:
             temperature=sampling.temperature,
             stop=sampling.stop,
         )
-
-    def _experts(self, problems: Sequence[Problem]) -> list[Trace]:
-        """The demonstrations of this step's prompts, where anything learns from them."""
-        if self.disc_learner is None and not self.config.algorithm.expert_in_group:
-            return []
-        return [self.maker.expert(problems[i], i) for i in range(self.shown)]
-
-    def _negatives(
-        self, problems: Sequence[Problem], traces: Sequence[Trace], step: int
-    ) -> list[Trace]:
-        """Samples of earlier steps, and demonstrations made wrong."""
-        if self.disc_learner is None:
-            return []
-        config, replay = self.config.discriminator, self.disc_learner.replay
-        seed = derive_seed(self.config.run.seed, "negatives", step)
-        fresh = [trace for trace in traces if trace.group < self.shown]
-        replayed = replay.draw(round(config.replay_fraction * len(fresh)), seed)
-        perturbed = [
-            self.maker.perturbed(problems[i % self.shown], i % self.shown, seed + i)
-            for i in range(config.perturbed_per_update)
-        ]
-        return [*replayed, *perturbed]
 
     def _rewards(
         self,
@@ -305,43 +267,11 @@ class Trainer:
 
     def _share(self) -> None:
         """Cut the models in pieces among the processes, which have to hold the same so far."""
-        refuse_alone(self.config, self.world)
         self.world.check_same("configuration", self.config)
-        for what, items in (
-            ("demonstrations", self.demonstrated.items),
-            ("prompts", self.unlabelled.items),
-            ("validation problems", self.validation),
-        ):
-            few = [items[i] for i in (0, -1) if len(items)]  # of a large file these are enough
-            held = items if isinstance(items, list) else (len(items), few)
-            self.world.check_same(what, held)
+        self.data.check_same(self.world)
         self.policy.shard(self.world)
         if self.discriminator is not None:
             self.discriminator.shard(self.policy)
-
-    def _prepare_data(self) -> None:
-        config, seed = self.config, self.config.run.seed
-        tokenizer = self.policy.tokenizer
-        rule = span_rule(
-            config.algorithm.granularity,
-            interval=config.algorithm.interval,
-            boundary=self.task.step_boundary,
-            tokenizer=tokenizer,
-        )
-        self.maker = TraceMaker(self.task, tokenizer, rule, config.discriminator.perturbations)
-        self.demonstrated = Shuffled(encode(self.task.train, tokenizer), seed, "demonstrated")
-        self.unlabelled = Shuffled(encode(self.task.unlabelled, tokenizer), seed, "unlabelled")
-        self.validation = encode(self.task.validation, tokenizer)
-        if config.algorithm.name == "airl" and config.discriminator.perturbed_per_update:
-            self.maker.check_perturbable(self.task.train)
-        for problems in (self.demonstrated.items, self.unlabelled.items, self.validation):
-            check_lengths(
-                problems,
-                max_new_tokens=config.sampling.max_new_tokens,
-                token_budget=config.run.token_budget,
-                context=self.policy.context,
-            )
-        self.shown = config.shown_prompts
 
     def _prepare_learners(self) -> None:
         config, policy, algorithm = self.config, self.config.policy, self.config.algorithm
@@ -380,36 +310,21 @@ class Trainer:
 
     def _evaluate(self, metrics: Metrics) -> None:
         """pass@1 on validation problems, and how well f tells right from wrong there."""
-        run, sampling = self.config.run, self.config.sampling
+        run = self.config.run
         due = run.eval_every and (
             self.step % run.eval_every == 0 or self.step in (self.sft_steps, self.total_steps)
         )
-        if not due or not self.validation:
-            return
-        samples = sample_problems(
-            self.policy,
-            self.task,
-            self.validation,
-            group_size=run.eval_samples,
-            max_new_tokens=sampling.max_new_tokens,
-            seed=run.seed,
-            temperature=sampling.temperature,
-            stop=sampling.stop,
-        )
-        metrics["valid/pass@1"] = samples.accuracy
-        if self.discriminator is not None:
-            traces = traces_of(samples, self.maker)
-            energies = span_energies(self.discriminator, self.policy, traces, run.token_budget)
-            right = samples.correct.flatten()
-            if right.any() and not right.all():
-                score = per_trace_sum(energies).cpu()
-                metrics["valid/auc_f"] = auc(score.numpy(), right.numpy())
+        if due and self.data.validation:
+            models = self.policy, self.discriminator
+            metrics |= validate(self.config, self.task, self.data, *models)
 
     def _record(self, metrics: dict[str, Any], *, save: bool) -> None:
-        if self.world.first:
+        def recorded() -> bool:
             self.folder.record(metrics)
+            return self.folder.best.improves(metrics)
+
         due = self.step % self.config.run.checkpoint_every == 0 or self.step == self.total_steps
-        best = self.world.first_does(lambda: self.folder.best.improves(metrics))
+        best = self.world.first_does(recorded)
         if best or due or save:
             self.save_checkpoint()
         if self.on_step is not None:

@@ -8,10 +8,15 @@ from dataclasses import dataclass
 import torch
 
 from airl_fast.batches import Problem, TraceMaker, derive_seed
+from airl_fast.config import RunConfig
+from airl_fast.evaluation import auc
 from airl_fast.loading import LanguageModel
+from airl_fast.models import Discriminator
 from airl_fast.packing import Source, Trace
+from airl_fast.passes import per_trace_sum, span_energies
 from airl_fast.rollout import Rollout, sample
 from airl_fast.tasks import Task
+from airl_fast.training_data import TrainingData
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +63,36 @@ def sample_problems(
         rollouts=rollouts,
         correct=torch.tensor(correct).view(len(problems), group_size),
     )
+
+
+def validate(
+    config: RunConfig,
+    task: Task,
+    data: TrainingData,
+    policy: LanguageModel,
+    discriminator: Discriminator | None,
+) -> dict[str, float]:
+    """pass@1 on a run's validation problems, and how well f tells right from wrong there."""
+    run, sampling = config.run, config.sampling
+    samples = sample_problems(
+        policy,
+        task,
+        data.validation,
+        group_size=run.eval_samples,
+        max_new_tokens=sampling.max_new_tokens,
+        seed=run.seed,
+        temperature=sampling.temperature,
+        stop=sampling.stop,
+    )
+    metrics = {"valid/pass@1": samples.accuracy}
+    if discriminator is not None:
+        traces = traces_of(samples, data.maker)
+        energies = span_energies(discriminator, policy, traces, run.token_budget)
+        right = samples.correct.flatten()
+        if right.any() and not right.all():
+            score = per_trace_sum(energies).cpu()
+            metrics["valid/auc_f"] = auc(score.numpy(), right.numpy())
+    return metrics
 
 
 def traces_of(samples: Samples, maker: TraceMaker) -> list[Trace]:

@@ -29,7 +29,8 @@ from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 
-from airl_fast.packing import Trace, pack, plan_traces
+from airl_fast.packing import Trace, pack
+from airl_fast.planning import plan_traces
 from benchmarks.packing import ModelShape
 
 KEY_BLOCK = 512  # keys that torch's causal CPU kernel takes at once; blocks above are skipped

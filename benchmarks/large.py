@@ -24,7 +24,8 @@ from torch import Tensor
 import airl_fast
 from airl_fast.advantages import token_advantages
 from airl_fast.batches import Shuffled
-from airl_fast.packing import Trace, pack, plan_traces
+from airl_fast.packing import Trace, pack
+from airl_fast.planning import plan_traces
 from airl_fast.spans import span_rule
 from airl_fast.tasks import jsonl
 from airl_fast.tasks.jsonl import JSONLines

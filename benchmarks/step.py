@@ -18,8 +18,9 @@ from functools import partial
 import torch
 
 from airl_fast.advantages import token_advantages
-from airl_fast.packing import pack, plan_traces
+from airl_fast.packing import pack
 from airl_fast.passes import action_logp, offsets, span_energies
+from airl_fast.planning import plan_traces
 from benchmarks.harness import Case, Outputs, Prepared, Sampled, Variant
 from benchmarks.language import STEP_PROMPTS, TINY, ModelShape, head_product
 from benchmarks.lengths import MAX_COMPLETION, MAX_PROMPT

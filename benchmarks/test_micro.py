@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from airl_fast.packing import Trace, pack, plan_traces
+from airl_fast.packing import Trace, pack
+from airl_fast.planning import plan_traces
 from benchmarks import segments
 from benchmarks.harness import TOLERANCE, Case, Sampled, Variant
 from benchmarks.lengths import completion_lengths, prompt_lengths

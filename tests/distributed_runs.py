@@ -10,7 +10,9 @@ import queue
 import socket
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import peft  # noqa: F401  (imported by the server, not by each process)
 import torch
@@ -21,9 +23,10 @@ from airl_fast.config import load_config
 from airl_fast.distributed import World, clip_grad_norm_, join, leave
 from airl_fast.loading import resolve
 from airl_fast.models import Policy
+from airl_fast.ops import dispatch
 from airl_fast.packing import Trace, pack
 from airl_fast.rollout import sample
-from airl_fast.run_folder import RunFolder
+from airl_fast.run_folder import RunFolder, write_models
 from airl_fast.tasks import arithmetic  # noqa: F401
 from airl_fast.trainer import Trainer
 
@@ -46,6 +49,7 @@ BASE = [
     "task.validation=4",
     "task.test=0",
 ]
+SHORT = ["algorithm.sft_warmup=2", "discriminator.warmup_updates=1", "run.steps=4"]
 SECONDS = 3000  # that a run may take: nobody waits for ever
 
 
@@ -182,6 +186,84 @@ def train_until_one_fails(folder, overrides):
             return super()._sft_step(step)
 
     Failing(load_config("arithmetic", [*BASE, f"run.output_dir={folder}", *overrides])).train()
+
+
+FAULTS = {2: "loss", 3: "f", 5: "logp", 6: "loss"}  # where the last rank meets NaN, by step
+
+
+class Faulty(Watched):
+    """A trainer whose last rank meets NaN: in a loss, in f, in a pass without gradients."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        if self.world.rank == self.world.size - 1:
+            for learner in (self.sft_learner, self.policy_learner):
+                learner.loss = self._spoilt("loss", learner.loss, before=True)
+            self.policy._logprob = self._spoilt("logp", self.policy._logprob, before=True)
+            self.discriminator.f = self._spoilt("f", self.discriminator.f, before=False)
+
+    def _spoilt(self, where, right, *, before):
+        def function(first, *rest):
+            factor = float("nan") if FAULTS.get(self.step + 1) == where else 1.0
+            return right(first * factor, *rest) if before else right(first, *rest) * factor
+
+        return function
+
+
+def train_over_faults(folder, overrides):
+    """What ``train`` returns, of a run that skips the steps of ``FAULTS``."""
+    options = [*BASE, *SHORT, "guards.non_finite=skip", f"run.output_dir={folder}", *overrides]
+    trainer = Faulty(load_config("arithmetic", options))
+    metrics = trainer.train()
+    weights = {f"policy.{k}": full(p) for k, p in trainer.policy.trainable().items()}
+    return {"metrics": metrics, "gradients": trainer.gradients, "weights": weights}
+
+
+def audits(folder, model):
+    """The errors of every rank where operators are wrong by 1% on rank 1 alone."""
+    world, found = join("cpu"), []
+    for op in ("linear_policy_loss", "linear_logprob_backward", "discriminator_loss"):
+        right = dispatch._registry[op]["cpu"]
+
+        def wrong(*arguments, function=right.function):
+            return tuple(1.01 * x for x in function(*arguments))
+
+        if world.rank == 1:
+            dispatch._registry[op]["cpu"] = replace(right, function=wrong)
+        # In the third step every operator has its turn: of imitation, of f, of both.
+        options = [*BASE, *SHORT, "guards.audit_every=1", f"policy.model={model}"]
+        if op != "linear_policy_loss":
+            options.append("algorithm.sft_warmup=0")
+        config = load_config("arithmetic", [*options, f"run.output_dir={folder / op}"])
+        found.append(message(Trainer(config).train))
+        dispatch._registry[op]["cpu"] = right
+    return world.gather(found)
+
+
+def writes(model, folder):
+    """The errors of every rank where rank 0 cannot write weights; then they are written."""
+    world = join("cpu")
+    config = load_config("arithmetic", [*BASE, f"policy.model={model}"])
+    policy = Policy.from_pretrained(model)
+    policy.shard(world)
+
+    def write(where):
+        write_models(where, policy, None, config, SimpleNamespace())
+
+    def full_disk(*arguments):
+        raise OSError(28, "No space left on device")
+
+    (folder / "file").touch()
+    found = [message(write, folder / "file")]
+    tokenizer = policy.tokenizer
+    if world.first:
+        policy.tokenizer = SimpleNamespace(save_pretrained=full_disk)
+    found.append(message(write, folder / "full"))
+    left = list((folder / "full").iterdir())
+    policy.tokenizer = tokenizer
+    found.append(message(write, folder / "full"))
+    whole = {name: full(p) for name, p in policy.trainable().items()}
+    return world.gather(found), left, whole
 
 
 def message(function, *arguments):

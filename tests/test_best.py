@@ -22,7 +22,7 @@ FIGURES = {1: 0.9, 2: 0.9, 3: 0.2, 4: 0.5, 5: 0.5, 7: 0.3, 8: 0.4}
 @pytest.fixture(autouse=True)
 def _figures(monkeypatch):
     def evaluate(self, metrics):
-        if self.step in FIGURES and self.validation:
+        if self.step in FIGURES and self.data.validation:
             metrics[METRIC] = FIGURES[self.step]
 
     monkeypatch.setattr(Trainer, "_evaluate", evaluate)

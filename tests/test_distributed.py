@@ -1,12 +1,18 @@
 """Two and four processes against one: losses, gradients, weights; resuming, failing, refusing."""
 
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from airl_fast.config import load_config
-from airl_fast.distributed import World, join, refuse_alone
+from airl_fast.distributed import World, join
+from airl_fast.guards import load_fault
 from airl_fast.models import Discriminator, Policy
 from airl_fast.packing import Trace
 from airl_fast.passes import micro_batches
@@ -111,6 +117,96 @@ def test_a_rank_that_fails_ends_the_others(models, tmp_path):
     assert "did not end" not in failed[0]
 
 
+def test_what_one_rank_meets_is_skipped_by_all(models, tmp_path):
+    given = overrides(models, "full")
+    many, failed = in_processes(2, runs.train_over_faults, tmp_path / "two", given)
+    assert not failed
+    one = runs.train_over_faults(tmp_path / "one", given)
+    assert_like(many, one)
+    skipped = [set(m) == {"step", "phase", "seconds", "guards/skipped"} for m in many["metrics"]]
+    assert skipped == [step in runs.FAULTS for step in range(1, 8)]
+    for step, where in runs.FAULTS.items():
+        pair = [load_fault(tmp_path / n / "faults" / f"step-{step:06d}") for n in ("two", "one")]
+        assert pair[0].traces == pair[1].traces
+        for key in ("step", "phase", "update", "error"):
+            assert pair[0].report[key] == pair[1].report[key]
+        # f of a trace alone is what rank 0 finds, where nothing is wrong with it.
+        assert pair[0].report["tensor"] == ("logp" if where == "logp" else None)
+
+
+@pytest.mark.parametrize("name", ["full", "shared"])
+def test_an_audited_run_is_the_same_run(name, models, alone, tmp_path):
+    given = [*overrides(models, name), "guards.audit_every=1"]
+    many, failed = in_processes(2, train, tmp_path / "run", given)
+    assert not failed
+    for line in many["metrics"]:
+        audited = [line.pop(key) for key in list(line) if key.startswith("audit/")]
+        assert audited
+        assert all(share < 0.1 for share in audited)
+    assert_like(many, alone(name)[0])
+
+
+def test_drift_on_one_rank_stops_all(models, tmp_path):
+    found, failed = in_processes(2, runs.audits, tmp_path, models["full"])
+    assert not failed
+    assert found[0] == found[1]
+    for text, op in zip(
+        found[0],
+        ("linear_policy_loss", "linear_logprob_backward", "discriminator_loss"),
+        strict=True,
+    ):
+        assert text.startswith(f"AuditError: audit: {op}, backend cpu: ")
+
+
+def test_weights_that_cannot_be_written_fail_on_all_and_leave_nothing(models, tmp_path):
+    found, failed = in_processes(2, runs.writes, models["full"], tmp_path)
+    assert not failed
+    errors, left, whole = found
+    assert errors[0] == errors[1]
+    assert errors[0][0].startswith("WriteError: cannot write")
+    assert "Not a directory" in errors[0][0]
+    assert "No space left on device" in errors[0][1]
+    assert errors[0][2] == "no error"
+    assert left == []
+    saved = Policy.from_pretrained(tmp_path / "full" / "policy").trainable()
+    assert all(torch.equal(saved[name], value) for name, value in whole.items())
+
+
+def test_a_signal_to_one_rank_ends_all_after_the_step(models, tmp_path):
+    """As torchrun starts them; its own SIGTERM goes to every rank."""
+    many = ["run.steps=987", "run.output_dir=run"]  # it is asked long before the last of them
+    given = [*runs.BASE, *overrides(models, "lora"), *many]
+    command = [sys.executable, "-u", "-m", "airl_fast", "train", "arithmetic", *given]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    root = str(Path(__file__).parents[1])
+    common = {**os.environ, **place, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    ranks = [
+        subprocess.Popen(
+            command, cwd=tmp_path, env={**common, "RANK": rank, "LOCAL_RANK": rank}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for rank in ("0", "1")
+    ]  # fmt: skip
+    try:
+        assert any(line.startswith("step 1/") for line in ranks[0].stdout)
+        ranks[1].send_signal(signal.SIGTERM)
+        said = [rank.communicate(timeout=runs.SECONDS)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], said
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert 2 <= len(lines) < 1000
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == [
+        f"step-{len(lines):06d}"
+    ]
+    assert not (tmp_path / "run" / "policy").exists()
+    assert "SIGTERM: finishing the step" in said[1]
+    assert all(f"stopped after step {len(lines)} of 1000 and saved it" in text for text in said)
+
+
 def test_what_ranks_do_not_share_is_refused_on_all_of_them(models, tmp_path):
     found, failed = in_processes(2, runs.refusals, models["lora"], tmp_path / "run")
     assert not failed
@@ -192,11 +288,3 @@ def test_every_rank_makes_as_many_passes_and_every_trace_counts_once(count, size
             assert weight in (0.0, 1.0)
             assert batch.num_tokens <= 8
             assert batch.unpack() == [traces[i] for i in indices]
-
-
-@pytest.mark.parametrize("key", ["guards.non_finite=skip", "guards.audit_every=2"])
-def test_what_one_rank_would_do_alone_is_refused(key):
-    config = load_config("arithmetic", [key])
-    refuse_alone(config, World())
-    with pytest.raises(ValueError, match=f"{key} with 2 processes"):
-        refuse_alone(config, World(0, 2))

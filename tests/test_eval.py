@@ -3,11 +3,13 @@
 import builtins
 import itertools
 import json
+import weakref
 
 import numpy as np
 import pytest
 
-from airl_fast import RewardScorer, cli
+from airl_fast import RewardScorer, cli, readers
+from airl_fast.evaluation import files
 from airl_fast.evaluation.measure import JudgedTrace, measure
 from tests.tiny_run import tiny_run  # noqa: F401
 
@@ -233,6 +235,41 @@ def test_a_reward_without_policy_has_no_log_pi(tiny_run, tmp_path, capsys):  # n
     metrics = json.loads((tmp_path / "o" / "metrics.json").read_text())
     assert set(metrics["auc"]["by_score"]) == {"f"}
     assert not list((tmp_path / "o").glob("*.png"))
+
+
+def test_no_more_rows_are_held_than_are_scored_at_once(tiny_run, tmp_path, monkeypatch):  # noqa: F811
+    source, made, held = written(tmp_path / "judged.jsonl", rows(8)), [], []
+    plain, score = readers._plain, RewardScorer.score_encoded
+
+    def parsed(row):
+        item = plain(row)
+        made.append(weakref.ref(item))
+        return item
+
+    def scored(scorer, pairs):
+        held.append((len(pairs), sum(one() is not None for one in made)))
+        return score(scorer, pairs)
+
+    monkeypatch.setattr(readers, "_plain", parsed)
+    monkeypatch.setattr(files, "_CHUNK", 2)
+    monkeypatch.setattr(RewardScorer, "score_encoded", scored)
+    assert run("eval", tiny_run, source, "--no-plots", "--output", tmp_path / "o") == 0
+    assert len(made) == 3 * 8  # checked, encoded, scored
+    assert len(held) > 8
+    assert all(pairs <= 2 and alive <= 3 for pairs, alive in held)
+
+
+def test_a_file_that_changes_under_the_command_is_named(tiny_run, tmp_path, capsys, monkeypatch):  # noqa: F811
+    source = written(tmp_path / "judged.jsonl", rows(4))
+    load = RewardScorer.from_pretrained
+
+    def changed(*arguments, **options):
+        written(source, rows(5))
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(RewardScorer, "from_pretrained", changed)
+    assert run("eval", tiny_run, source, "--no-plots") == 2
+    assert "it changed while it was read" in capsys.readouterr().err
 
 
 def test_what_a_user_can_put_right_is_one_line(tiny_run, tmp_path, capsys, monkeypatch):  # noqa: F811

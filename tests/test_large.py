@@ -5,7 +5,8 @@ import threading
 
 import pytest
 
-from airl_fast.packing import Trace, plan_traces
+from airl_fast.packing import Trace
+from airl_fast.planning import plan_traces
 from airl_fast.tasks import jsonl
 from airl_fast.tasks.rows import RowFile
 from benchmarks import large

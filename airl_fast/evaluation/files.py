@@ -8,7 +8,8 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from hashlib import blake2b
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,15 +79,17 @@ def evaluate_file(
         from airl_fast.evaluation.plots import require
 
         require()
+    # Three times through the file, so that no rows are held: checked, encoded, scored.
     reading = Reading(source, format)
-    items = list(reading)
+    items = sum(1 for _ in reading)
     dropped = Counter({f"rows {reason}": count for reason, count in reading.dropped.items()})
     say(f"{source}: {reading.rows} rows" + _listed(dropped))
     if not items:
         raise ValueError(f"{source}: every row was left out{_listed(dropped)}; nothing to measure")
     scorer = load()
-    traces, pairs = _encoded(scorer, items, end_of_text, max_tokens, dropped)
-    judged = list(_judged(scorer, traces, pairs, say))
+    total = sum(1 for _ in _encoded(scorer, reading, end_of_text, max_tokens, dropped))
+    encoded = _encoded(scorer, reading, end_of_text, max_tokens, Counter())
+    judged = list(_judged(scorer, encoded, total, say))
     measured = measure(judged, seed=seed)
     metrics = {
         "source": {"file": source.name, "format": format, "rows": reading.rows, "seed": seed},
@@ -112,17 +115,16 @@ def evaluate_file(
 
 def _encoded(
     scorer: RewardScorer,
-    items: Sequence[Candidates | Steps],
+    items: Iterable[Candidates | Steps],
     end_of_text: bool,
     max_tokens: int | None,
     dropped: Counter[str],
-) -> tuple[list[_Trace], list[EncodedPair]]:
+) -> Iterator[tuple[_Trace, EncodedPair]]:
     """Encode every completion of every row, but for those that are too long."""
-    traces: list[_Trace] = []
-    pairs: list[EncodedPair] = []
-    prompts: dict[str, int] = {}
+    prompts: dict[bytes, int] = {}
     for item in items:
-        number = prompts.setdefault(json.dumps(item.prompt, sort_keys=True), len(prompts))
+        text = json.dumps(item.prompt, sort_keys=True).encode()
+        number = prompts.setdefault(blake2b(text, digest_size=16).digest(), len(prompts))
         found: list[Any] = [list(item.steps)] if isinstance(item, Steps) else list(item.completions)
         for i, completion in enumerate(found):
             long = max_tokens is not None and _least(scorer, item, completion) > max_tokens
@@ -136,9 +138,7 @@ def _encoded(
             if long:
                 dropped[f"traces of more than {max_tokens} tokens"] += 1
                 continue
-            traces.append(_Trace(item=item, index=i, prompt=number))
-            pairs.append(pair)
-    return traces, pairs
+            yield _Trace(item=item, index=i, prompt=number), pair
 
 
 def _least(scorer: RewardScorer, item: Candidates | Steps, completion: Any) -> int:
@@ -159,13 +159,13 @@ def _texts(value: Any) -> list[str]:
 
 
 def _judged(
-    scorer: RewardScorer, traces: Sequence[_Trace], pairs: Sequence[EncodedPair], say: Say
+    scorer: RewardScorer, encoded: Iterator[tuple[_Trace, EncodedPair]], total: int, say: Say
 ) -> Iterator[JudgedTrace]:
-    starts, answer = range(0, len(pairs), _CHUNK), _answer_reader(scorer.trained.task)
-    for start in _followed(starts, len(pairs), say):
-        chunk = slice(start, start + _CHUNK)
-        scored = scorer.score_encoded(pairs[chunk])
-        for trace, pair, one in zip(traces[chunk], pairs[chunk], scored, strict=True):
+    answer = _answer_reader(scorer.trained.task)
+    for _ in _followed(range(0, total, _CHUNK), total, say):
+        chunk = list(islice(encoded, _CHUNK))
+        scored = scorer.score_encoded([pair for _, pair in chunk])
+        for (trace, pair), one in zip(chunk, scored, strict=True):
             yield _judge(trace, pair, one, answer)
 
 

@@ -117,8 +117,8 @@ def vocab_parallel_linear_logprob(
     Raises:
         ValueError: (on every rank) an argument that some rank refuses, or that is not the same on
             all; a target out of range; a result that is not finite. (On this rank) no group.
-        RuntimeError: (on the rank itself; a ValueError on the others) the forced backend cannot
-            serve the call.
+        TypeError, RuntimeError: (on the rank itself; a ValueError on the others) an argument that
+            is no tensor or number; the forced backend cannot serve the call.
     """
     if not dist.is_available() or not dist.is_initialized():
         raise ValueError(
@@ -179,14 +179,14 @@ def _agree(
     One exchange of a few integers. Afterwards targets and V are known to be the same everywhere,
     so that a target out of range is seen by every rank.
     """
-    refusal: ValueError | RuntimeError | None = None
+    refusal: ValueError | RuntimeError | TypeError | None = None
     header = torch.zeros(2 + len(_SAME), dtype=torch.int64)
     forward: Forward | None = None
     try:
         check_head(hidden, head, targets)
         forward = forward_for(hidden, head)
         header = _header(hidden, head, targets, ignore_index, return_entropy)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, TypeError) as error:
         refusal = error
     ranks = dist.get_world_size(group)
     found = [torch.empty_like(header, device=hidden.device) for _ in range(ranks)]

@@ -1,5 +1,6 @@
 """Your own traces: JSON lines of prompt, completion and answer, or of messages."""
 
+import logging
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,6 +15,8 @@ from airl_fast.tasks.base import Example, Message, Prompt
 from airl_fast.tasks.drawing import draw_rows
 from airl_fast.tasks.line_index import IndexedFile, Streamed, open_indexed
 from airl_fast.tasks.rows import Row, iter_rows, local_files, split_of
+
+_log = logging.getLogger(__name__)
 
 STREAMED_BYTES = 64 * 2**20  # files from this size on are not loaded; tests lower it
 
@@ -35,8 +38,8 @@ class JSONLines:
 
     A file of 64 MiB or more is not loaded: an index beside it (`line_index`; built once, when
     every row is checked) says where each row is, and examples are read when they are asked for. The
-    sets are the same, in the same order. A compressed file (.gz) has to be loaded whole: it cannot
-    be read from its middle.
+    sets are the same, in the same order. A compressed file (.gz) is always loaded whole, since it
+    cannot be read from its middle; a large one is said to be (`airl_fast.tasks.jsonl`'s logger).
 
     Args:
         path: a file (all sets are drawn from it), or a folder with train.jsonl and, where there
@@ -125,10 +128,16 @@ class _Rows:
         self.indexed: IndexedFile | None = None
         self.loaded: list[Example] = []
         self.places: list[str] = []
-        if file.suffix != ".gz" and file.stat().st_size >= STREAMED_BYTES:
-            self.indexed = open_indexed(file, self._parse)
-            self.split = self.indexed.split
-            return
+        if file.stat().st_size >= STREAMED_BYTES:
+            if file.suffix != ".gz":
+                self.indexed = open_indexed(file, self._parse)
+                self.split = self.indexed.split
+                return
+            _log.warning(
+                "%s is held in memory whole: a compressed file cannot be read from its middle; "
+                "unpack it (gunzip -k) to have its rows read from disk as they are needed",
+                file,
+            )
         for i, row in enumerate(iter_rows(file)):
             self.loaded.append(self._parse(row, i))
             self.places.append(row.where)

@@ -97,6 +97,7 @@ def test_equals_the_whole_head_gradients_included(case, ranks, key, found):
         ("an empty shard", "weight has no elements", "rank 1 of the group refused"),
         ("not finite", r"logp\[\d\] is nan: hidden, weight or bias", None),
         ("backend", "RuntimeError.*forced but cannot serve", "rank 1 of the group refused"),
+        ("no tensor", "TypeError.*received list", "rank 1 of the group refused"),
     ],
 )
 def test_every_rank_raises_where_one_is_wrong(fault, own, others, found):

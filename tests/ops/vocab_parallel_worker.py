@@ -151,6 +151,7 @@ def fault(name: str, call: dict[str, Any], rank: int) -> dict[str, Any]:
         "an empty shard": {"weight": weight[:0], "bias": bias[:0]},
         "not finite": {"weight": weight.clone().fill_(float("nan"))},
         "backend": {"hidden": hidden.double().requires_grad_()},
+        "no tensor": {"targets": call["targets"].tolist()},
     }
     return {**call, **changed[name]}
 
@@ -158,7 +159,7 @@ def fault(name: str, call: dict[str, Any], rank: int) -> dict[str, Any]:
 FAULTS = (
     "target out of range", "rows", "width", "targets", "bias", "temperature", "softcap",
     "ignore_index", "entropy", "gradient", "dtype of the targets", "an empty shard", "not finite",
-    "backend",
+    "backend", "no tensor",
 )  # fmt: skip
 
 
@@ -167,7 +168,7 @@ def refused(name: str, rank: int) -> str:
     try:
         with airl_fast.backend("cpu"):
             vocab_parallel_linear_logprob(**fault(name, shard(Case(), 3, rank), rank))
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, TypeError) as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
 

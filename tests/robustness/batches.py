@@ -9,7 +9,8 @@ import torch
 
 import airl_fast
 from airl_fast.attention import packed_forward
-from airl_fast.packing import PackedBatch, Source, Trace, pack, plan_micro_batches, plan_traces
+from airl_fast.packing import PackedBatch, Source, Trace, pack
+from airl_fast.planning import plan_micro_batches, plan_traces
 from tests.robustness.table import Cell, Entry
 
 CELLS: list[Cell] = []
@@ -226,8 +227,8 @@ _e.refuses(
 )
 
 for _name, _plan in (
-    ("packing.plan_micro_batches", plan_micro_batches),
-    ("packing.plan_traces", lambda n, b: plan_traces([trace()] * len(n), b)),
+    ("planning.plan_micro_batches", plan_micro_batches),
+    ("planning.plan_traces", lambda n, b: plan_traces([trace()] * len(n), b)),
 ):
     _e = Entry(
         _name,

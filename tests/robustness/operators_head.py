@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 import airl_fast
 from tests.robustness.table import Cell, Entry
@@ -42,9 +43,23 @@ def score(**changed: Any) -> dict[str, Any]:
     return head(**disc, cu_spans=ints(0, 2, 3)) | changed
 
 
-HEADS = {"linear_logprob": head, "linear_policy_loss": policy, "airl_score": score}
+def vocab_parallel(**given: Any) -> Any:
+    """The sharded operator in a group of one process, which holds the whole head."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        return airl_fast.vocab_parallel_linear_logprob(**given)
+    finally:
+        dist.destroy_process_group()
+
+
+HEADS = {
+    "linear_logprob": head,
+    "vocab_parallel_linear_logprob": head,
+    "linear_policy_loss": policy,
+    "airl_score": score,
+}
 for _name, _given in HEADS.items():
-    _function = getattr(airl_fast, _name)
+    _function = vocab_parallel if "parallel" in _name else getattr(airl_fast, _name)
 
     def of(f=_function, given=_given, **changed):
         return lambda _: f(**given(**changed))
@@ -195,7 +210,7 @@ for _name, _given in HEADS.items():
         "reduction",
         TypeError,
     )
-    if _name == "linear_logprob":
+    if _given is head:
         CELLS.append(Entry(_name, [], offsets=NO_OFFSETS).cells[0])
 
 
@@ -216,7 +231,13 @@ def _no_rows(f: Any, given: Any) -> bool:
     return f(**head(**none)).shape == (0,)
 
 
-_f = airl_fast.linear_policy_loss
+Entry("vocab_parallel_linear_logprob", CELLS).refuses(
+    "option",
+    "a call without a process group",
+    lambda _: airl_fast.vocab_parallel_linear_logprob(**head()),
+    "received none",
+    "init_process_group first, or use linear_logprob",
+)
 
 
 def loss_with(**changed: Any) -> Any:
@@ -316,82 +337,4 @@ _e.refuses(
 )
 _e.refuses(
     "option", "clip_low=-0.1", loss_with(clip_low=-0.1), "received -0.1", "pass the distance from 1"
-)
-
-
-def scored_with(**changed: Any) -> Any:
-    return lambda _: airl_fast.airl_score(**score(**changed))
-
-
-_two = {"disc_weight": torch.ones(2, 5), "shaping_gamma": 0.9}
-_e = Entry("airl_score", CELLS)
-_e.refuses(
-    "shape",
-    "disc_weight of 3 rows",
-    scored_with(disc_weight=torch.ones(3, 5)),
-    "received shape (3, 5)",
-    "one row is f, two are g and h",
-)
-_e.refuses(
-    "shape",
-    "disc_hidden [2, 5]",
-    scored_with(disc_hidden=torch.ones(2, 5)),
-    "received (2, 5)",
-    "one row per action and as wide as disc_weight",
-)
-_e.refuses(
-    "offsets",
-    "an empty span",
-    scored_with(cu_spans=ints(0, 2, 2, 3)),
-    "received offsets 2 to 2",
-    "leave the empty ones out",
-)
-_e.refuses(
-    "offsets",
-    "that end at 9",
-    scored_with(cu_spans=ints(0, 9)),
-    "received 0 to 9",
-    "check that both describe the same batch",
-)
-_e.refuses(
-    "offsets",
-    "sequences that do not cut the spans",
-    scored_with(**_two, cu_seq_spans=ints(0, 5)),
-    "received 0 to 5",
-    "check that both describe the same batch",
-)
-_e.refuses(
-    "non-finite",
-    "infinity in disc_hidden",
-    scored_with(disc_hidden=filled((3, 5), math.inf)),
-    "received inf",
-    "look for the overflow",
-)
-_e.refuses(
-    "option",
-    'disc_head="value"',
-    scored_with(disc_head="value"),
-    "received 'value'",
-    "one of 'score', 'lm'",
-)
-_e.refuses(
-    "option",
-    "two rows without shaping_gamma",
-    scored_with(disc_weight=torch.ones(2, 5)),
-    "received None",
-    "shaping_gamma goes with a score head of two rows",
-)
-_e.refuses(
-    "option",
-    "shaping without cu_seq_spans",
-    scored_with(**_two),
-    "received None",
-    "the offsets [B + 1] of the sequences",
-)
-_e.refuses(
-    "option",
-    "disc_scale with a score head",
-    scored_with(disc_scale=2.0),
-    "received 2.0",
-    "leave it out",
 )

@@ -14,6 +14,7 @@ from tests.robustness import (
     models,
     operators_groups,
     operators_head,
+    operators_score,
     operators_spans,
     scorer,
     serving,
@@ -23,7 +24,7 @@ from tests.robustness import (
 from tests.robustness.table import FAULTS, Cell, Refused, Served
 
 AREAS = {
-    "Operators over the head": operators_head.CELLS,
+    "Operators over the head": [*operators_head.CELLS, *operators_score.CELLS],
     "Operators over spans": operators_spans.CELLS,
     "Advantages": operators_groups.CELLS,
     "Traces and batches": batches.CELLS,

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 import airl_fast
 from airl_fast.integrations.rewards import SpanRewards
-from airl_fast.packing import Source, Trace, pack, plan_micro_batches, plan_traces
+from airl_fast.packing import Source, Trace, pack
+from airl_fast.planning import plan_micro_batches, plan_traces
 from airl_fast.spans import span_offsets, span_rule
 from tests import oracle
 from tests.tiny_models import CHARACTERS, tiny_tokenizer

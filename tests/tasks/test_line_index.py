@@ -1,5 +1,6 @@
 """Large files are read from disk: the sets of loaded files, and errors that say where."""
 
+import gzip
 import json
 import os
 import random
@@ -67,6 +68,17 @@ def test_the_sets_are_those_of_loaded_files(tmp_path, monkeypatch, own_test, dem
         assert task.train[-1] == loaded.train[-1]
         assert task.train[2:5] == loaded.train[2:5]
         assert all(example.completion is None for example in task.unlabelled)
+
+
+def test_a_large_compressed_file_is_loaded_and_said_to_be(tmp_path, streamed, caplog):
+    plain = write(tmp_path / "plain.jsonl", rows())
+    packed = tmp_path / "packed.jsonl.gz"
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    sizes = {"seed": 3, "unlabelled": 9, "validation": 4, "test": 6}
+    assert sets(JSONLines(str(packed), **sizes)) == sets(JSONLines(str(plain), **sizes))
+    (record,) = caplog.records
+    assert f"{packed} is held in memory whole" in record.getMessage()
+    assert "gunzip -k" in record.getMessage()
 
 
 def plainly(splits, *, seed, demonstrations, unlabelled, validation, test):
