@@ -82,7 +82,8 @@ def linear_logprob(
     Both results are differentiable in hidden, weight and bias; the backward pass recomputes the
     logits and computes only the gradients that are required. Extra memory at any N: on a CPU
     48 MiB forward (`_cpu_head.tile_shape` has the rule) and at most 128 MiB backward
-    (`_cpu_gradients`), half-precision weights included; with the reference, either way, two
+    (`_cpu_gradients`), half-precision weights included, and with AMX 16 MiB of tiles and 1 MiB a
+    thread (csrc/products_amx.cpp), which stay for the next call; with the reference, two
     buffers of `_head.chunk_rows` rows of logits (128 MiB each; a third to differentiate a
     soft-capped head), and one float32 copy of a weight that is in half precision. With Triton
     64 MiB of partial sums forward in half precision, otherwise one chunk of 512 MiB (`_gpu_head`).
