@@ -3,10 +3,16 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <vector>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "discriminator.h"
 #include "half.h"
+#include "layer.h"
+#include "products.h"
 #include "rows.h"
 #include "segments.h"
 
@@ -128,6 +134,101 @@ bool discriminator() {
   return sound;
 }
 
+bool layers(std::int64_t rows, std::int64_t width, int threads) {
+  const auto count = static_cast<std::size_t>(rows * width);
+  const std::vector<float> x(count, 0.5f), weight(static_cast<std::size_t>(width), 2.0f);
+  std::vector<float> a(count), b(count), scale(static_cast<std::size_t>(rows));
+  const airl_fast::Extent size{rows, width};
+  airl_fast::norm_rows(size, x.data(), weight.data(), 1e-5f, a.data(), scale.data(), threads);
+  airl_fast::norm_gradient(size, x.data(), x.data(), weight.data(), scale.data(), b.data(),
+                           threads);
+  bool sound = true;
+  for (const float value : a) sound &= std::fabs(value - 2.0f) < 1e-3f;  // of a constant row
+  for (const float value : b) sound &= std::fabs(value) < 1e-3f;         // which it leaves alone
+  airl_fast::gate_rows(size, x.data(), x.data(), a.data(), threads);
+  airl_fast::gate_gradient(size, x.data(), x.data(), x.data(), a.data(), b.data(), threads);
+  if (width % 2 == 0) {
+    for (const bool back : {false, true}) {
+      airl_fast::rotate_heads({x.data(), width, rows, 1, width}, x.data(), x.data(), back,
+                              a.data(), threads);
+    }
+  }
+  return sound;
+}
+
+#if defined(__linux__)
+// Numbers that end where memory ends: the sanitizers do not see what the tiles read and write.
+class Guarded {
+ public:
+  explicit Guarded(std::int64_t count, float value = 0.0f)
+      : bytes_((static_cast<std::size_t>(count) * sizeof(float) + kPage - 1) / kPage * kPage) {
+    memory_ = static_cast<char*>(mmap(nullptr, bytes_ + kPage, PROT_READ | PROT_WRITE,
+                                      MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    if (memory_ == MAP_FAILED || mprotect(memory_ + bytes_, kPage, PROT_NONE) != 0) std::abort();
+    data_ = reinterpret_cast<float*>(memory_ + bytes_) - count;
+    for (std::int64_t i = 0; i < count; ++i) data_[i] = value;
+  }
+  ~Guarded() { munmap(memory_, bytes_ + kPage); }
+  Guarded(const Guarded&) = delete;
+  Guarded& operator=(const Guarded&) = delete;
+  float* data() const { return data_; }
+
+ private:
+  static constexpr std::size_t kPage = 4096;
+  std::size_t bytes_;
+  char* memory_;
+  float* data_;
+};
+
+bool products(std::int64_t m, std::int64_t k, std::int64_t n, int layout, int threads) {
+  const Guarded a(m * k, 0.5f), b(k * n, 2.0f), c(m * n), plus(m * n, 1.0f), norm(k, 1.0f);
+  const auto element = airl_fast::Element::kFloat32;
+  airl_fast::Product p{};
+  p.a = layout & 1 ? airl_fast::Operand{a.data(), element, 1, m}
+                   : airl_fast::Operand{a.data(), element, k, 1};
+  const auto right = layout & 2 ? airl_fast::Operand{b.data(), element, 1, k}
+                                : airl_fast::Operand{b.data(), element, n, 1};
+  p.m = m, p.k = k, p.count = 1;
+  p.factors[0] = {right, n, c.data(), n, nullptr, 0};
+  bool sound = true;
+  const auto holds = [&](float value) {
+    for (std::int64_t i = 0; i < m * n; ++i) sound &= c.data()[i] == value;
+  };
+  for (int parts = 1; parts <= 3; ++parts) {
+    airl_fast::multiply(p, parts, threads);
+    holds(static_cast<float>(k));
+  }
+  p.add = true;
+  p.factors[0].plus = plus.data(), p.factors[0].plus_stride = n;
+  airl_fast::multiply(p, 3, threads);
+  holds(static_cast<float>(2 * k + 1));
+  if ((layout & 1) == 0 && k <= airl_fast::kGateInner) {
+    p.add = false, p.gate = true, p.count = 2, p.norm = norm.data();
+    p.factors[0].plus = nullptr;
+    p.factors[1] = p.factors[0];
+    airl_fast::multiply(p, 3, threads);
+  }
+  return sound;
+}
+
+bool every_product() {
+  if (!airl_fast::products_ready()) return true;
+  bool sound = true;
+  for (std::int64_t m : {1, 31, 33, 70}) {
+    for (std::int64_t k : {1, 15, 17, 33, 64, 1030}) {
+      for (std::int64_t n : {1, 15, 32, 49}) {
+        for (int layout = 0; layout < 4; ++layout) {
+          sound &= products(m, k, n, layout, 1 + layout);
+        }
+      }
+    }
+  }
+  return sound;
+}
+#else
+bool every_product() { return true; }
+#endif
+
 }  // namespace
 
 int main() {
@@ -139,7 +240,9 @@ int main() {
     sound &= every_shape<airl_fast::Float16>(airl_fast::Element::kFloat16);
     every_partition<float>();
     every_partition<double>();
+    for (std::int64_t width : {1, 2, 15, 16, 34, 130}) sound &= layers(5, width, 2);
   }
+  sound &= every_product();
   sound &= discriminator<float>() && discriminator<double>();
   std::puts(sound ? "sound" : "a result is out of bounds");
   return sound ? 0 : 1;
