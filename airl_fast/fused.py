@@ -77,7 +77,7 @@ def _alike(found: Tensor, expected: Any) -> bool:
 
 def _serves(layer: Any, hidden_states: Tensor, kwargs: dict[str, Any]) -> bool:
     """Whether a pass can run fused: one of ours, in float32, and nobody listens inside."""
-    if kwargs.get("packed_batch") is None and kwargs.get("alone") is None:
+    if kwargs.get("packed_batch") is None:  # a text alone keeps its keys, once
         return False
     if kwargs.get("output_attentions") or kwargs.get("output_hidden_states"):
         return False
@@ -134,8 +134,7 @@ def _attended(attention: Any, projected: list[Tensor], kwargs: dict[str, Any]) -
         kwargs.get("attention_mask"),
         scaling=attention.scaling,
         sliding_window=getattr(attention, "sliding_window", None),
-        packed_batch=kwargs.get("packed_batch"),
-        alone=kwargs.get("alone"),
+        packed_batch=kwargs["packed_batch"],
     )
     return out[0].flatten(1)
 

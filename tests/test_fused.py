@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from airl_fast import _C, backend, fused, pack
-from airl_fast.attention import enable_packed_attention, packed_forward
+from airl_fast.attention import continued_forward, enable_packed_attention, packed_forward
 from airl_fast.fused import fuse
 from airl_fast.ops import _cpu_products as products
 from airl_fast.packing import Trace
@@ -172,6 +172,19 @@ def test_a_forced_backend_is_not_fused(monkeypatch):
     with backend("reference"):
         assert torch.equal(states(model, batch), expected)
     assert not ran
+
+
+def test_texts_that_are_continued():
+    model = model_of("llama")
+    fuse(model)
+    ids = torch.arange(60)
+    whole = pack([Trace(prompt=(0,), completion=tuple(range(1, 60)), span_lengths=(59,))])
+    expected = states(copy.deepcopy(model).double(), whole)
+    with torch.no_grad():
+        first, kept = continued_forward(model.base_model, ids[:40])
+        second, _ = continued_forward(model.base_model, ids[40:], kept)
+    found = torch.cat([first, second]).double()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_copy_runs_on_its_own_weights():

@@ -16,10 +16,10 @@ from tests.tiny_models import tiny_model, tiny_tokenizer
 PROMPTS = ["what is it?", "2+2=", "a longer prompt, which says more than the others do.", "?"]
 
 
-def scorer_of(name, head="lm", passes=None, policy=True):
+def scorer_of(name, head="lm", passes=None, policy=True, dtype=torch.float32):
     tokenizer = tiny_tokenizer()
-    body = LanguageModel(tiny_model(name).eval(), tokenizer, Origin(model="tiny"))
-    other = LanguageModel(tiny_model(name, seed=1).eval(), tokenizer, Origin(model="tiny"))
+    models = (tiny_model(name, seed=seed).eval().to(dtype) for seed in (0, 1))
+    body, other = (LanguageModel(model, tokenizer, Origin(model="tiny")) for model in models)
     discriminator = Discriminator(body, head=head, trunk="own", width=32)
     if head == "score":
         torch.manual_seed(0)
@@ -59,6 +59,9 @@ CASES = [
     ("llama", "score", None, True),
     ("gemma3", "lm", None, False),
     ("gpt2", "lm", None, True),
+    ("llama", "lm", None, True, torch.bfloat16),
+    ("qwen3", "score", None, False, torch.bfloat16),
+    ("llama", "lm", None, True, torch.float16),
 ]
 
 
