@@ -13,7 +13,7 @@ class PolicyConfig:
 
     model: str = Field(
         min_length=1,
-        description="hub name or folder; arithmetic-base: the model that ships with the package",
+        description="hub name or folder; arithmetic-base, countdown-base: ship with the package",
     )
     gguf_file: str | None = Field(default=None, description="GGUF file inside policy.model")
     dtype: Literal["float32", "bfloat16"] = Field(
