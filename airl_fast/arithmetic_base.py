@@ -2,9 +2,10 @@
 
 A Llama of 0.34 million parameters, pretrained on traces whose author forgets the carry or borrow
 with probability 0.6 where there is one: it knows the format and the arithmetic, and errs
-systematically. ``arithmetic-base`` knows arithmetic; ``countdown-base`` (``--countdown``) knows
-both tasks, from as many traces of each. Their training problems are in nobody's test or
-validation set.
+systematically. ``arithmetic-base`` knows arithmetic; ``countdown-base`` (``--countdown --steps
+2690``) knows both tasks, from as many traces of each; ``countdown-base-small`` (``--countdown
+--layers 2 --width 64``) is another backbone with the same characters. Their training problems are
+in nobody's test or validation set.
 """
 
 import argparse

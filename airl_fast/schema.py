@@ -21,6 +21,7 @@ from airl_fast.section import Float, Int, refuse_if, section
 BUILT_IN = {  # models that ship with the package, and the tasks whose characters they know
     "arithmetic-base": ("arithmetic",),
     "countdown-base": ("arithmetic", "countdown"),
+    "countdown-base-small": ("arithmetic", "countdown"),
 }
 
 
@@ -137,6 +138,11 @@ class RunSection:
     )
     eval_every: Int = Field(default=10, ge=0, description="steps between evaluations; 0: none")
     eval_samples: Int = Field(default=4, ge=1, description="samples of a validation problem")
+    eval_kl: bool = Field(
+        default=False,
+        description="evaluations measure the KL from the policy that the warm start left, kept "
+        "for it",
+    )
     device: str | None = Field(
         default=None, min_length=1, description="null: the GPU where there is one, else the CPU"
     )
@@ -222,6 +228,7 @@ class RunConfig:
                 and self.algorithm.sft_warmup > 0
                 and disc.trunk != "policy"
                 and disc.model is None
+                and disc.saved is None
                 and adapter(policy) != adapter(disc),
                 f"algorithm.sft_warmup={self.algorithm.sft_warmup}: the discriminator starts from "
                 "the warm policy's weights, so both need the same adapter; set "

@@ -1,9 +1,9 @@
-"""A built-in task: reach a target from four numbers, each used at most once.
+"""A built-in task: reach a target from three numbers, each used at most once.
 
-    prompt      3,7,12,2>65=
-    completion  12-3=9;7*9=63;63+2=65;#65.
+    prompt      3,17,4>63=
+    completion  17+4=21;3*21=63;#63.
 
-Numbers are 1 to 12, targets 10 to 99, results 0 to 99; a step takes two of what is there (numbers
+Numbers are 1 to 20, targets 10 to 99, results 0 to 99; a step takes two of what is there (numbers
 and earlier results) and leaves its result; division is exact. Most problems have several solutions.
 """
 
@@ -21,8 +21,8 @@ from airl_fast.tasks.base import Example
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-NUMBERS = 4
-LARGEST_NUMBER, SMALLEST_TARGET, LARGEST = 12, 10, 99
+NUMBERS = 3
+LARGEST_NUMBER, SMALLEST_TARGET, LARGEST = 20, 10, 99
 
 _STEP = re.compile(r"(\d+)([-+*/])(\d+)=(\d+);")
 _TRACE = re.compile(r"((?:\d+[-+*/]\d+=\d+;)+)#(\d+)\.")
@@ -53,14 +53,14 @@ Solution = tuple[Step, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """Four numbers and the target."""
+    """Three numbers and the target."""
 
-    numbers: tuple[int, ...]  # each 1 to 12, in the order of the prompt
+    numbers: tuple[int, ...]  # each 1 to 20, in the order of the prompt
     target: int  # 10 to 99
 
     @property
     def prompt(self) -> str:
-        """The problem as text, such as ``3,7,12,2>65=``."""
+        """The problem as text, such as ``3,17,4>63=``."""
         return f"{','.join(map(str, self.numbers))}>{self.target}="
 
     @cached_property
@@ -84,14 +84,14 @@ def calculate(left: int, operation: str, right: int) -> int | None:
 
 
 def sample_problem(rng: random.Random) -> tuple[Problem, Solution]:
-    """Draw four numbers, and a target by calculating with three or four of them.
+    """Draw three numbers, and a target by calculating with them.
 
     Returns:
         The problem, and the solution that it was made from: one of several, as a rule.
     """
     while True:
         numbers = tuple(rng.randint(1, LARGEST_NUMBER) for _ in range(NUMBERS))
-        left = rng.sample(numbers, rng.choice((NUMBERS - 1, NUMBERS)))
+        left = list(numbers)
         steps: list[Step] = []
         while len(left) > 1:
             rng.shuffle(left)
@@ -320,7 +320,7 @@ class Countdown:
         problem = _PROMPT.fullmatch(example.prompt) if isinstance(example.prompt, str) else None
         if problem is None or example.answer != problem[2]:
             raise ValueError(
-                f"example {example.id!r}: expected a prompt such as '3,7,12,2>65=' with its "
+                f"example {example.id!r}: expected a prompt such as '3,17,4>63=' with its "
                 f"target as the answer, received {str(example.prompt)[:80]!r} and "
                 f"{str(example.answer)[:20]!r}; take the task's own examples"
             )
@@ -357,7 +357,7 @@ class Countdown:
         found = read(completion)
         if found is None:
             raise ValueError(
-                "corrupt takes a trace such as '12-3=9;7*9=63;63+2=65;#65.', received "
+                "corrupt takes a trace such as '17+4=21;3*21=63;#63.', received "
                 f"{completion[:80]!r}; perturb free text with airl_fast.negatives"
             )
         steps = found[0]

@@ -26,8 +26,8 @@ from airl_fast.tasks.countdown import (
 )
 
 SMALL = Countdown(demonstrations=1, unlabelled=0, validation=0, test=0)
-EXAMPLE = Example(prompt="3,7,12,2>65=", answer="65")
-KNOWN = "12-3=9;7*9=63;63+2=65;#65."
+EXAMPLE = Example(prompt="3,17,4>63=", answer="63")
+KNOWN = "17+4=21;3*21=63;#63."
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def reached(numbers):
 
 
 def test_format_is_the_documented_one():
-    assert Problem(numbers=(3, 7, 12, 2), target=65).prompt == EXAMPLE.prompt
+    assert Problem(numbers=(3, 17, 4), target=63).prompt == EXAMPLE.prompt
     assert write(read(KNOWN)[0]) == KNOWN
     assert SMALL.is_correct(KNOWN, EXAMPLE)
 
@@ -92,10 +92,10 @@ def test_format_is_the_documented_one():
 @given(st.integers(0, 10**6))
 def test_problems_keep_their_ranges_and_their_solution_is_one(seed):
     problem, steps = sample_problem(random.Random(seed))
-    assert len(problem.numbers) == 4
-    assert all(1 <= n <= 12 for n in problem.numbers)
+    assert len(problem.numbers) == 3
+    assert all(1 <= n <= 20 for n in problem.numbers)
     assert 10 <= problem.target <= 99
-    assert len(steps) in (2, 3)
+    assert len(steps) == 2
     assert checked(problem.prompt, write(steps)) is None
 
 
@@ -139,20 +139,22 @@ def test_references_are_right_and_experts_err_at_their_rate_in_one_step():
     ("completion", "step"),
     [
         (KNOWN, None),
-        ("2+63=65;#65.", 0),  # 63 is not there
-        ("12-3=9;7*12=84;84+2=86;#86.", 1),  # 12 is used up
-        ("12-3=9;7*9=64;64+2=66;#66.", 1),
-        ("12-3=9;7*9=63;#63.", 2),  # not the target
-        ("12-3=9;7*9=63;63+2=65;#64.", 3),
-        ("12-3=9;7*9=63;63+2=65;#65", 3),
-        ("12-3=9;7*9=63;63+2=65;", 3),
-        ("12-3=09;7*9=63;63+2=65;#65.", 0),
-        ("12-03=9;7*9=63;63+2=65;#65.", 0),
-        ("7/2=3;#65.", 0),  # no whole number
-        ("3-7=-4;#65.", 0),
-        ("#65.", 0),
+        ("4+17=21;21*3=63;#63.", None),
+        ("3*21=63;#63.", 0),  # 21 is not there
+        ("17+4=21;17*3=51;#51.", 1),  # 17 is used up
+        ("17+4=21;3*21=64;#64.", 1),
+        ("17+4=22;3*22=66;#66.", 0),
+        ("17+4=21;#21.", 1),  # not the target
+        ("17+4=21;3*21=63;#64.", 2),
+        ("17+4=21;3*21=63;#63", 2),
+        ("17+4=21;3*21=63;", 2),
+        ("17+4=021;3*21=63;#63.", 0),
+        ("17+04=21;3*21=63;#63.", 0),
+        ("17/4=4;#63.", 0),  # no whole number
+        ("3-4=-1;#63.", 0),
+        ("#63.", 0),
         ("", 0),
-        ("12-3=9;7*9=63;63+2=65;#65.#65.", 3),
+        ("17+4=21;3*21=63;#63.#63.", 2),
     ],
 )
 def test_first_wrong_step(completion, step):
@@ -189,9 +191,9 @@ def test_corrupt_plants_the_only_wrong_step_and_carries_it_on(seed):
 
 def test_corrupt_reaches_every_step_and_refuses_free_text():
     rng = random.Random(0)
-    assert {SMALL.corrupt(KNOWN, rng)[1] for _ in range(200)} == {0, 1, 2}
+    assert {SMALL.corrupt(KNOWN, rng)[1] for _ in range(200)} == {0, 1}
     with pytest.raises(ValueError, match="corrupt takes a trace"):
-        SMALL.corrupt("the answer is 65", rng)
+        SMALL.corrupt("the answer is 63", rng)
 
 
 @settings(deadline=None)
@@ -206,7 +208,7 @@ def test_solver_finds_the_generating_solution_and_only_solutions(seed):
     assert SMALL.extract_answer(write(steps)) in answers
 
 
-@pytest.mark.parametrize("numbers", [(1, 2, 3, 4), (5, 5, 7, 12), (2, 2, 2, 2), (11, 9, 5, 9)])
+@pytest.mark.parametrize("numbers", [(1, 2, 3), (5, 5, 17), (2, 2, 2), (20, 10, 1)])
 def test_solver_misses_no_target_that_can_be_reached(numbers):
     reachable = reached(numbers)
     for target in range(10, 100):
@@ -226,7 +228,7 @@ def test_most_problems_have_several_solutions(task):
 
 
 def test_answers_are_the_same_in_any_order_of_independent_steps():
-    orders = ["1+2=3;3*4=12;12+3=15;#15.", "4*3=12;2+1=3;3+12=15;#15."]
+    orders = ["1+2=3;3*4=12;3+12=15;#15.", "4*3=12;2+1=3;12+3=15;#15."]
     assert len({SMALL.extract_answer(text) for text in orders}) == 1
     assert SMALL.extract_answer("2-1=1;#1.") != SMALL.extract_answer("1-2=1;#1.")
     assert all(SMALL.extract_answer(t) is None for t in ("#65.", "1+2=3;", "01+2=3;#3.", ""))
