@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,8 @@ class Trainer:
         self.discriminator = None
         if config.algorithm.name == "airl":
             self.discriminator = discriminator or create_discriminator(config, self.policy)
-        self._starts_as_policy = discriminator is None and config.discriminator.model is None
+        given = discriminator, config.discriminator.model, config.discriminator.saved
+        self._starts_as_policy = all(one is None for one in given)
         self.on_step = on_step
         self.should_stop = should_stop
 
@@ -189,7 +191,7 @@ class Trainer:
         advantages = self._advantages(traces, rewards, metrics)
         self.guards.advantages(advantages)
         old_logp = logp if algorithm.policy_updates > 1 else None
-        ref_logp = self._reference_logp(traces)
+        ref_logp = self._reference_logp(traces) if algorithm.kl_beta else None
         given = traces, advantages, old_logp, ref_logp
         metrics |= self.audit.policy(step, self.policy_learner, *given)
         for _ in range(algorithm.policy_updates):
@@ -258,7 +260,8 @@ class Trainer:
             reward = outcome_rewards(self.policy, self.task, asked, traces)
         else:
             budget = self.config.run.token_budget
-            reward = torch.cat(span_energies(self.discriminator, self.policy, traces, budget))
+            with self._scoring():
+                reward = torch.cat(span_energies(self.discriminator, self.policy, traces, budget))
             if self.config.algorithm.reward == "f-logp":
                 spans = offsets([n for t in traces for n in t.span_lengths], reward.device)
                 how = self.config.discriminator.span_logp
@@ -295,9 +298,7 @@ class Trainer:
         run, sampling = self.config.run, self.config.sampling
         return action_logp(self.policy, traces, run.token_budget, sampling.temperature)
 
-    def _reference_logp(self, traces: Sequence[Trace]) -> list[Tensor] | None:
-        if not self.reference:
-            return None
+    def _reference_logp(self, traces: Sequence[Trace]) -> list[Tensor]:
         with swapped(self.policy, self.reference):
             return self._logp(traces)
 
@@ -374,12 +375,18 @@ class Trainer:
         """The warm start is over: f starts from the policy as it is now, and so does the KL."""
         if self.discriminator is not None and self._starts_as_policy and self.sft_steps:
             self.discriminator.copy_body(self.policy)
-        if self.config.algorithm.kl_beta:
+        if self.disc_learner is not None:
+            self.disc_learner.restart_average()
+        if self.config.algorithm.kl_beta or self.config.run.eval_kl:
             trainable = self.policy.trainable()
             self.reference = {name: p.detach().clone() for name, p in trainable.items()}
 
+    def _scoring(self) -> AbstractContextManager[None]:
+        """Within it, f is what the learner has rewards made of."""
+        return self.disc_learner.scoring() if self.disc_learner is not None else nullcontext()
+
     def _evaluate(self, metrics: Metrics) -> None:
-        """pass@1 on validation problems, and how well f tells right from wrong there."""
+        """pass@1 on validation problems; what f says of the samples; the KL from the start."""
         run, sampling = self.config.run, self.config.sampling
         due = run.eval_every and (
             self.step % run.eval_every == 0 or self.step in (self.sft_steps, self.total_steps)
@@ -397,13 +404,17 @@ class Trainer:
             stop=sampling.stop,
         )
         metrics["valid/pass@1"] = samples.accuracy
+        traces = traces_of(samples, self.maker)
         if self.discriminator is not None:
-            traces = traces_of(samples, self.maker)
-            energies = span_energies(self.discriminator, self.policy, traces, run.token_budget)
-            right = samples.correct.flatten()
+            with self._scoring():
+                energies = span_energies(self.discriminator, self.policy, traces, run.token_budget)
+            score, right = per_trace_sum(energies).cpu(), samples.correct.flatten()
+            metrics["valid/f"] = score.mean().item()
             if right.any() and not right.all():
-                score = per_trace_sum(energies).cpu()
                 metrics["valid/auc_f"] = auc(score.numpy(), right.numpy())
+        if run.eval_kl and self.reference:
+            own, start = per_trace_sum(self._logp(traces)), self._reference_logp(traces)
+            metrics["valid/kl"] = (own - per_trace_sum(start)).mean().item()
 
     def _record(self, metrics: dict[str, Any], *, save: bool) -> None:
         if self.world.first:
@@ -462,7 +473,8 @@ class Trainer:
             WriteError: it cannot be written to.
         """
         models = (self.policy, self.discriminator)
-        write_models(folder or self.folder.path, *models, self.config, self.task)
+        with self._scoring():
+            write_models(folder or self.folder.path, *models, self.config, self.task)
 
 
 def _clipped(values: Tensor, limit: float | None, name: str, metrics: Metrics) -> Tensor:
