@@ -7,6 +7,7 @@ from typing import Any
 from tests.robustness.table import Cell, CommandRefused, Entry
 
 CELLS: list[Cell] = []
+_STUDY = "recipe: arithmetic\nseeds: [0]\nstarts: {a: }\nvariants: {b: }\n"
 
 PAIR = {"prompt": "1", "completion": "ab"}
 ASKED: dict[str, Any] = {
@@ -146,6 +147,73 @@ _e.refuses(
     lambda t: t.command("train", "arithmetics"),
     "no recipe",
     "did you mean arithmetic?",
+    CommandRefused,
+)
+
+_e = Entry(
+    "airl-fast study",
+    CELLS,
+    shape=PLAIN,
+    device="as Trainer",
+    offsets=PLAIN,
+    model="as Trainer",
+    dtype="as load_config",
+    non_finite="as load_config",
+)
+_e.refuses(
+    "option",
+    "a field that does not exist",
+    lambda t: t.command("study", t.file(_STUDY + "seed: 0", "x.yaml"), "--output-dir", t.folder()),
+    "seed: ",
+    "Unexpected keyword argument",
+    CommandRefused,
+)
+_e.refuses(
+    "option",
+    "an override of what the study sets",
+    lambda t: t.command("study", t.file(_STUDY + "overrides: [run.seed=1]", "x.yaml")),
+    "run.seed",
+    "is set by the study; remove it",
+    CommandRefused,
+)
+_e.refuses(
+    "empty",
+    "no seeds",
+    lambda t: t.command("study", t.file(_STUDY.replace("[0]", "[]"), "x.yaml")),
+    "seeds",
+    "at least 1 item",
+    CommandRefused,
+)
+_e.refuses(
+    "range",
+    "--jobs 0",
+    lambda t: t.command("study", t.file(_STUDY, "x.yaml"), "--jobs", 0),
+    "received 0",
+    "expected 1 worker process or more",
+    CommandRefused,
+)
+_e.refuses(
+    "negative",
+    "--seeds -1",
+    lambda t: t.command("study", t.file(_STUDY, "x.yaml"), "--seeds", -1),
+    "[-1]",
+    "expected 0 or more",
+    CommandRefused,
+)
+_e.refuses(
+    "file",
+    "a study that does not exist",
+    lambda t: t.command("study", "nothing"),
+    "'nothing'",
+    "give the path of a YAML file, or one of these names",
+    CommandRefused,
+)
+_e.refuses(
+    "file",
+    "a folder that holds something else",
+    lambda t: t.command("study", t.file(_STUDY, "x.yaml"), "--output-dir", t.rows(1).parent),
+    "is not empty",
+    "choose another --output-dir",
     CommandRefused,
 )
 
