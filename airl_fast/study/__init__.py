@@ -4,8 +4,3 @@ spec      the YAML file, checked          cells     what is run, in which order
 costs     how long a cell takes           runner    worker processes, progress, failures
 results   means, spreads and differences  page      tables and plots, as Markdown and HTML
 """
-
-from airl_fast.study.runner import run_study
-from airl_fast.study.spec import Study, load_study, studies
-
-__all__ = ["Study", "load_study", "run_study", "studies"]

@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from airl_fast.config import ConfigError, RunConfig, load_config
 from airl_fast.config import load_yaml as parse_yaml
-from airl_fast.parsing import shown
+from airl_fast.parsing import shown, shown_names
 from airl_fast.section import Float, Int, refuse_if, section
 
 # Set by the study itself, seed by seed and cell by cell
@@ -87,19 +87,19 @@ class Study:
             (min(self.seeds) < 0, f"seeds={list(self.seeds)}: expected 0 or more"),
             (
                 bool(missing),
-                f"comparisons: no variant is called {', '.join(map(repr, missing))}; there are "
-                f"{', '.join(known)}",
+                f"comparisons: no variant is called {shown_names(missing)}; there are "
+                f"{shown_names(known)}",
             ),
             (
                 bool(unknown),
-                f"plots: no variant is called {', '.join(map(repr, unknown))}; there are "
-                f"{', '.join(self.variants)}",
+                f"plots: no variant is called {shown_names(unknown)}; there are "
+                f"{shown_names(self.variants)}",
             ),
-            (bool(crowded), f"plots: {', '.join(crowded)}: expected one to six variants each"),
+            (bool(crowded), f"plots: {shown_names(crowded)}: expected one to six variants each"),
             (
-                len(set(folders)) < len(folders),
-                f"starts and variants become the folders {', '.join(folders)}: two are the same; "
-                "rename one",
+                len({*folders, ""}) <= len(folders),
+                f"starts and variants become the folders {shown_names(folders)}: two are the same, "
+                "or one has no letter; rename it",
             ),
             (
                 1.0 not in self.temperatures or min(self.temperatures) < 0,
@@ -115,13 +115,13 @@ class Study:
         refuse_if(
             (
                 variant.start is not None and variant.start not in self.starts,
-                f"variants.{name}.start: no start is called {variant.start!r}; there are "
-                f"{', '.join(self.starts)}",
+                f"variants.{name}.start: no start is called {shown(variant.start)}; there are "
+                f"{shown_names(self.starts)}",
             ),
             (
                 variant.reward_from is not None and variant.reward_from not in earlier,
-                f"variants.{name}.reward_from={variant.reward_from!r}: expected one of the "
-                f"variants before it: {', '.join(earlier) or 'there are none'}",
+                f"variants.{name}.reward_from={shown(variant.reward_from)}: expected one of the "
+                f"variants before it: {shown_names(earlier)}",
             ),
         )
 
@@ -170,8 +170,8 @@ def study_text(source: str) -> str:
     path = Path(source)
     if not path.is_file():
         raise ConfigError(
-            f"{source!r} is no file and no study ({', '.join(studies())}): give the path of a YAML "
-            "file, or one of these names"
+            f"{shown(source)} is no file and no study ({', '.join(studies())}): give the path of a "
+            "YAML file, or one of these names"
         )
     try:
         return path.read_text("utf-8")
@@ -215,16 +215,19 @@ def load_study(source: str, changes: Mapping[str, Any] | None = None) -> Study:
     try:
         study = Study(**{**tree, **(changes or {})})
     except ValidationError as error:
-        problems = [
-            f"{source}: {'.'.join(map(str, item['loc'])) or 'the study'}: "
-            f"{item['msg'].removeprefix('Value error, ')}, received {shown(item['input'])}"
-            if item["type"] != "value_error"
-            else f"{source}: {item['msg'].removeprefix('Value error, ')}"
-            for item in error.errors(include_url=False)
-        ]
-        raise ConfigError("\n".join(problems)) from None
+        raise ConfigError(f"{source}: {_explain(error)}") from None
     _check_runs(source, study)
     return study
+
+
+def _explain(error: ValidationError) -> str:
+    """The first thing that is wrong, its place, and how many more there are."""
+    first, *others = error.errors(include_url=False)
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] != "value_error":
+        place = ".".join(shown(part).strip("'") for part in first["loc"])
+        message = f"{place}: {message}, received {shown(first['input'])}"
+    return message + (f" (and {len(others)} more)" if others else "")
 
 
 def _check_runs(source: str, study: Study) -> None:

@@ -205,7 +205,7 @@ _e.refuses(
     "a study that does not exist",
     lambda t: t.command("study", "nothing"),
     "'nothing'",
-    "give the path of a YAML file, or one of these names",
+    "YAML file, or one of these names",
     CommandRefused,
 )
 _e.refuses(
