@@ -29,10 +29,10 @@ _ABOUT = (
     "validation problems; test problems are only reported."
 )
 _LABELS = {
-    "valid/pass@1": "pass@1 on validation problems, T = 1",
-    "valid/kl": "KL from the start (nats a completion)",
-    "valid/f": "f of the policy's samples",
-    "valid/auc_f": "AUC of f, right against wrong",
+    "valid/pass@1": "pass@1 (validation, T = 1)",
+    "valid/kl": "KL from the start (nats)",
+    "valid/f": "f of the samples",
+    "valid/auc_f": "AUC of f",
 }
 
 
