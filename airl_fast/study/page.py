@@ -88,8 +88,8 @@ def _head(
         "",
         about,
         "",
-        f"`airl-fast study {name}`: seeds {seeds}; {in_words(results.seconds)} on one thread in "
-        f"all, torch {torch.__version__}. {_ABOUT}",
+        f"`airl-fast study {name}`: seeds {seeds}; its cells took {in_words(results.seconds)} "
+        f"in all, one thread each, torch {torch.__version__}. {_ABOUT}",
         "",
     ]
     if failed:
