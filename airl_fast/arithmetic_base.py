@@ -1,12 +1,16 @@
-"""Make the small base model that ships with the package: ``python -m airl_fast.arithmetic_base``.
+"""Make the small base models that ship with the package: ``python -m airl_fast.arithmetic_base``.
 
 A Llama of 0.34 million parameters, pretrained on traces whose author forgets the carry or borrow
 with probability 0.6 where there is one: it knows the format and the arithmetic, and errs
-systematically. Its training problems are in nobody's test or validation set.
+systematically. ``arithmetic-base`` knows arithmetic; ``countdown-base`` (``--countdown --steps
+2690``) knows both tasks, from as many traces of each; ``countdown-base-small`` (``--countdown
+--layers 2 --width 64``) is another backbone with the same characters. Their training problems are
+in nobody's test or validation set.
 """
 
 import argparse
 import random
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +21,43 @@ from airl_fast.loading import LanguageModel, Origin
 from airl_fast.ops.linear_logprob import linear_logprob
 from airl_fast.optimisation import Optimiser
 from airl_fast.packing import Trace, pack
-from airl_fast.tasks.arithmetic import build_tokenizer, careless_trace, sample_problem
+from airl_fast.tasks import arithmetic, countdown
 
 TRAINING_FOLD = 2  # and above; 0 and 1 are the test and validation problems
 
 
 def make_base(
-    directory: Path, *, steps: int = 1345, batch_size: int = 64, seed: int = 0
+    directory: Path,
+    *,
+    countdown_too: bool = False,
+    steps: int = 1345,
+    batch_size: int = 64,
+    layers: int = 3,
+    width: int = 96,
+    seed: int = 0,
 ) -> LanguageModel:
-    """Pretrain the base model and write it to ``directory`` (three minutes on one CPU core)."""
+    """Pretrain a base model and write it to ``directory`` (three minutes on one CPU core).
+
+    Args:
+        directory: where to.
+        countdown_too: half of the traces are Countdown's.
+        steps: updates.
+        batch_size: traces of an update.
+        layers: of the model.
+        width: of its hidden states, a multiple of 8.
+        seed: of weights and data.
+    """
     from rich.progress import track
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = build_tokenizer()
+    tokenizer = (countdown if countdown_too else arithmetic).build_tokenizer()
+    draws = [_draw_arithmetic, *([_draw_countdown] if countdown_too else [])]
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=96,
-        intermediate_size=256,
-        num_hidden_layers=3,
+        hidden_size=width,
+        intermediate_size=8 * width // 3,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         max_position_embeddings=256,
         tie_word_embeddings=False,
@@ -54,8 +76,9 @@ def make_base(
         updates=steps,
         final_fraction=0.02,
     )
-    for step in track(range(steps), description="pretraining the arithmetic base"):
-        batch = pack(_traces(tokenizer, batch_size, derive_seed(seed, "pretraining", step)))
+    for step in track(range(steps), description="pretraining the base"):
+        data_seed = derive_seed(seed, "pretraining", step)
+        batch = pack(_traces(tokenizer, draws, batch_size, data_seed))
         hidden, head = model.hidden(batch)[batch.state_index], model.head
         logp = linear_logprob(hidden, head.weight, batch.targets, **head.arguments())
         (-logp.mean()).backward()
@@ -64,17 +87,32 @@ def make_base(
     return model
 
 
-def _traces(tokenizer: Any, count: int, seed: int) -> list[Trace]:
+Draw = Callable[[random.Random], tuple[int, str, str]]  # fold, prompt, completion
+
+
+def _draw_arithmetic(rng: random.Random) -> tuple[int, str, str]:
+    problem = arithmetic.sample_problem(rng)
+    if problem.fold < TRAINING_FOLD:
+        return problem.fold, "", ""
+    return problem.fold, problem.prompt, arithmetic.careless_trace(problem, rng)
+
+
+def _draw_countdown(rng: random.Random) -> tuple[int, str, str]:
+    problem, solution = countdown.sample_problem(rng)
+    return problem.fold, problem.prompt, countdown.careless_trace(solution, rng)
+
+
+def _traces(tokenizer: Any, draws: Sequence[Draw], count: int, seed: int) -> list[Trace]:
     rng = random.Random(seed)
     traces: list[Trace] = []
     while len(traces) < count:
-        problem = sample_problem(rng)
-        if problem.fold < TRAINING_FOLD:
+        fold, prompt, text = draws[len(traces) % len(draws)](rng)
+        if fold < TRAINING_FOLD:
             continue
-        completion = [*tokenizer(careless_trace(problem, rng)).input_ids, tokenizer.eos_token_id]
+        completion = [*tokenizer(text).input_ids, tokenizer.eos_token_id]
         traces.append(
             Trace(
-                prompt=tuple(tokenizer(problem.prompt).input_ids),
+                prompt=tuple(tokenizer(prompt).input_ids),
                 completion=tuple(completion),
                 span_lengths=(len(completion),),
             )
@@ -87,8 +125,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("directory", type=Path, help="folder to write the model to")
     parser.add_argument("--seed", type=int, default=0, help="of weights and data (default 0)")
-    arguments = parser.parse_args()
-    make_base(arguments.directory, seed=arguments.seed)
+    parser.add_argument("--countdown", action="store_true", help="half of the traces Countdown's")
+    parser.add_argument("--steps", type=int, default=1345, help="updates (default 1345)")
+    parser.add_argument("--layers", type=int, default=3, help="of the model (default 3)")
+    parser.add_argument("--width", type=int, default=96, help="of its states (default 96)")
+    given = parser.parse_args()
+    make_base(
+        given.directory,
+        countdown_too=given.countdown,
+        steps=given.steps,
+        layers=given.layers,
+        width=given.width,
+        seed=given.seed,
+    )
 
 
 if __name__ == "__main__":

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from airl_fast.batches import derive_seed
 from airl_fast.config import RunConfig
 from airl_fast.models import Discriminator, Policy
+from airl_fast.reward_folder import reward_folder
 
 
 def load_policy(config: RunConfig, device: torch.device | None = None) -> Policy:
@@ -29,8 +32,17 @@ def load_policy(config: RunConfig, device: torch.device | None = None) -> Policy
 
 
 def create_discriminator(config: RunConfig, policy: Policy) -> Discriminator:
-    """A fresh discriminator for the policy; an adapter is drawn from the run's seed."""
+    """A discriminator for the policy: fresh, or the saved one that the configuration names.
+
+    A fresh adapter is drawn from the run's seed.
+
+    Raises:
+        ValueError: the parts contradict each other, or ``discriminator.saved`` is no reward, one
+            of another form than the configuration's, or one of another tokenizer.
+    """
     disc = config.discriminator
+    if disc.saved is not None:
+        return _load_discriminator(config, policy)
     torch.manual_seed(derive_seed(config.run.seed, "discriminator adapter", 0))
     options = {"kappa": disc.kappa, "offset": disc.offset} if disc.head == "lm" else {}
     return Discriminator.create(
@@ -45,3 +57,32 @@ def create_discriminator(config: RunConfig, policy: Policy) -> Discriminator:
         span_logp=disc.span_logp,
         **options,
     )
+
+
+def _load_discriminator(config: RunConfig, policy: Policy) -> Discriminator:
+    disc = config.discriminator
+    assert disc.saved is not None
+    found = Discriminator.from_pretrained(reward_folder(Path(disc.saved)), device=policy.device)
+    if found.body is None:
+        raise ValueError(
+            f"discriminator.saved={disc.saved!r} reads the hidden states of the policy that it was "
+            "trained with: expected a reward with a model of its own (discriminator.trunk=own)"
+        )
+    gamma = disc.shaping_gamma if disc.shaping else None
+    for key, asked, got in (
+        ("head", disc.head, found.head_kind),
+        ("span_logp", disc.span_logp, found.span_logp),
+        ("shaping (its gamma)", gamma, found.shaping_gamma),
+    ):
+        if asked != got:
+            raise ValueError(
+                f"discriminator.saved={disc.saved!r} holds a reward with {key}={got}, and the "
+                f"configuration says {asked}: set it to what was saved"
+            )
+    if found.body.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
+        raise ValueError(
+            f"discriminator.saved={disc.saved!r} has another tokenizer than the policy "
+            f"{policy.origin.model!r}: expected equal vocabularies; start both from models of one "
+            "family"
+        )
+    return found

@@ -92,6 +92,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0, metavar="N",
                       help="of data, sampling and weights (default: %(default)s)")  # fmt: skip
 
+    _add_study(add("study", commands.study, "run a grid of seeds by variants, and compare"))
+
     train = add("train", commands.train, "train a reward and a policy", add_help=False)
     train.add_argument("-h", "--help", action=_TrainHelp, help="show this and every key")
     train.add_argument("recipe", metavar="RECIPE|FILE.yaml",
@@ -140,6 +142,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_options(add("bench", run_bench, "measure the operators, from the repository", EPILOG))
     return parser
+
+
+def _add_study(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("study", metavar="NAME|FILE.yaml", nargs="?", help="without one: what there is")
+    add("--output-dir", type=Path, metavar="DIR", help="default: runs/study-NAME")
+    add("--seeds", type=int, nargs="+", metavar="N", help="instead of the file's")
+    add("--jobs", type=int, default=1, metavar="N",
+        help="worker processes, one thread each (default: %(default)s)")  # fmt: skip
+    add("--page", type=Path, metavar="FILE.md",
+        help="write the page there too, its plots in a folder of its name")  # fmt: skip
 
 
 def _add_reader(command: argparse.ArgumentParser, output: bool = True) -> None:

@@ -7,6 +7,17 @@ two cores. Prints how the learned reward and policy compare with SFT and with th
 example:
   airl-fast demo --output-dir runs/demo
 """
+STUDY = """\
+A study's file names warm starts and variants of a recipe; every variant is trained from every
+seed's warm start, measured, and its reward used. Says first how long it will take. Stopped or
+interrupted, the same command goes on: finished cells are kept, a run goes on from its checkpoint. A
+cell that fails is named at the end (exit status 1) and is run again the next time. DIR gets
+results.json, results.md and report.html. docs/studies/README.md explains the file.
+
+examples:
+  airl-fast study
+  airl-fast study arithmetic-grid --jobs 2 --output-dir runs/grid --page docs/studies/grid.md
+"""
 TRAIN = """\
 An interrupted run goes on from its last checkpoint when the same command is given again. SIGTERM
 and Ctrl-C finish the step and save it first; Ctrl-C twice stops at once. The run's folder gets

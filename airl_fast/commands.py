@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def demo(arguments: argparse.Namespace) -> int:
     """``airl-fast demo``."""
     from airl_fast.demo import DemoSettings, run_demo
-    from airl_fast.demo_jobs import StoppedError
+    from airl_fast.jobs import StoppedError
 
     _hush()
     try:
@@ -31,6 +31,32 @@ def demo(arguments: argparse.Namespace) -> int:
         )
         return stopped.status
     return 0
+
+
+def study(arguments: argparse.Namespace) -> int:
+    """``airl-fast study``."""
+    from airl_fast.study.spec import description, studies, study_text
+
+    if arguments.study is None:
+        for name in studies():
+            print(f"{name}\n    {description(study_text(name))}")
+        return 0
+
+    from airl_fast.jobs import StoppedError
+    from airl_fast.study.runner import run_study
+
+    _hush()
+    folder = arguments.output_dir or Path("runs") / f"study-{Path(arguments.study).stem}"
+    seeds = {} if arguments.seeds is None else {"seeds": arguments.seeds}
+    options = {"workers": arguments.jobs, "page": arguments.page}
+    try:
+        failed = run_study(arguments.study, folder, **options, **seeds)
+    except StoppedError as stopped:
+        print(f"airl-fast: {stopped}; the same command goes on from there", file=sys.stderr)
+        return stopped.status
+    for cell, why in failed.items():
+        print(f"airl-fast: {cell}: {why}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def train(arguments: argparse.Namespace) -> int:

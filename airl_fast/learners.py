@@ -6,14 +6,15 @@ gradient do not depend on how it was cut.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from airl_fast.batches import Replay
 from airl_fast.config import RunConfig
@@ -25,7 +26,7 @@ from airl_fast.ops.linear_policy_loss import PolicyLossStats, linear_policy_loss
 from airl_fast.ops.segments import segment_mean, segment_sum
 from airl_fast.optimisation import Optimiser
 from airl_fast.packing import PackedBatch, Source, Trace
-from airl_fast.passes import micro_batches
+from airl_fast.passes import micro_batches, offsets, span_energies
 
 Metrics = dict[str, float]
 FORMS: dict[str, Literal["airl", "logit", "wgan"]] = {
@@ -56,6 +57,7 @@ class DiscriminatorLearner:
     Attributes:
         accuracy: running mean of the two classes' mean accuracy; starts at one half.
         replay: past policy traces, drawn again as negatives.
+        average: the moving average of the weights; empty without ``ema_decay``.
     """
 
     def __init__(
@@ -67,6 +69,8 @@ class DiscriminatorLearner:
         self.token_budget = config.run.token_budget
         self.replay = Replay(self.config.replay)
         self.accuracy = 0.5
+        self.average: dict[str, Tensor] = {}
+        self.restart_average()
         head = discriminator.head_parameters()
         body = {k: p for k, p in discriminator.trainable().items() if k not in head}
         self.optimiser = Optimiser(
@@ -93,30 +97,39 @@ class DiscriminatorLearner:
         metrics["disc/throttled"] = float(throttled)
         if not throttled:
             metrics["disc/grad_norm"] = self.optimiser.step()
+            self._follow()
         # Last, so that an update that is refused leaves the throttle as it was.
         self.accuracy += 0.1 * (metrics["disc/accuracy"] - self.accuracy)
         return metrics
 
     def _loss(self, traces: Sequence[Trace], action_logp: Sequence[Tensor]) -> Metrics:
-        """Each class weighs half, however many spans it has; a critic's means weigh one each."""
+        """Each class weighs half, however many spans it has; a critic's means weigh one each.
+
+        The ranking loss crosses micro-batches: its gradient at the trace's scores is taken first,
+        for all of them, and then goes through each micro-batch as a constant.
+        """
         spans = {True: 0, False: 0}
         for trace in traces:
             spans[trace.source == Source.EXPERT] += len(trace.span_lengths)
         total, floored, sums = 0.0, 0.0, _Sums(spans)
+        slopes, ranking = self._ranking(traces, action_logp)
         for indices, batch, weight in micro_batches(traces, self.token_budget, self.policy):
             logp = torch.cat([action_logp[i] for i in indices])
-            logp = combine_logp(logp, batch.cu_spans, self.config.span_logp)
-            if self.config.logp_floor is not None:
-                floored += weight * float((logp < self.config.logp_floor).sum())
-                logp = logp.clamp(min=self.config.logp_floor)
+            exact = combine_logp(logp, batch.cu_spans, self.config.span_logp)
+            logp = self._floored(exact)
+            floored += weight * float((logp != exact).sum())
             f = self.discriminator.f(batch, self._policy_hidden(batch))
             is_expert = (batch.source == Source.EXPERT).repeat_interleave(batch.cu_seq_spans.diff())
             loss = self.policy.world.agree(
                 partial(self._both_classes, f, logp, is_expert, weight, sums)
             )
+            plain = float(loss.detach())
             if loss.requires_grad:
+                if slopes is not None:
+                    scores = segment_sum(self._logits(f, logp), batch.cu_seq_spans)
+                    loss = loss + weight * (slopes[indices] * scores).sum()
                 loss.backward()
-            total += float(loss.detach())
+            total += plain
         metrics = {
             "disc/loss": total,
             "disc/accuracy": 0.5 * (sums.right[True] + sums.right[False]),
@@ -127,7 +140,7 @@ class DiscriminatorLearner:
             "disc/logit": sums.magnitude,
             "disc/logp_floored": floored,
         }
-        metrics = self.policy.world.totals(metrics)
+        metrics = self.policy.world.totals(metrics) | ranking
         head = self.discriminator.head_parameters()
         return metrics | {f"disc/{k[5:]}": p.item() for k, p in head.items() if p.numel() == 1}
 
@@ -150,16 +163,79 @@ class DiscriminatorLearner:
                 label_smoothing=self.config.label_smoothing,
             )
             losses.append(whole * share * loss)
+            logits = self._logits(f[mine], logp[mine])
+            if self.config.logit_penalty:
+                losses.append(0.5 * share * self.config.logit_penalty * logits.square().mean())
             sums.right[label] += share * float(stats.accuracy)
-            of_f, of_logits = self._sums(f.detach()[mine], logp[mine])
+            # Both by one read from the device.
+            told = torch.stack([f.detach()[mine].sum(), logits.detach().abs().sum()])
+            of_f, of_logits = told.tolist()
             sums.energy[label] += weight * of_f / sums.spans[label]
             sums.magnitude += weight * 0.5 * of_logits / sums.spans[label]
         return torch.stack(losses).sum()
 
-    def _sums(self, f: Tensor, logp: Tensor) -> list[float]:
-        """The sums of f and of |logit| over spans, by one read from the device."""
-        logits = f - logp if self.config.logit == "f-logp" else f
-        return torch.stack([f.sum(), logits.abs().sum()]).tolist()
+    def _floored(self, logp: Tensor) -> Tensor:
+        floor = self.config.logp_floor
+        return logp if floor is None else logp.clamp(min=floor)
+
+    def _logits(self, f: Tensor, logp: Tensor) -> Tensor:
+        """What is high for experts: f - log pi, or f alone."""
+        return f - logp if self.config.logit == "f-logp" else f
+
+    def _ranking(
+        self, traces: Sequence[Trace], action_logp: Sequence[Tensor]
+    ) -> tuple[Tensor | None, Metrics]:
+        """The gradient [B] of ``pair_weight`` times the ranking loss at the traces' scores.
+
+        A score is the sum of a trace's logits; the loss is the mean of -log sigmoid(expert's -
+        other's) over all pairs of one prompt: Bradley-Terry, and with f - log pi the ranking form
+        of noise-contrastive estimation (Ma and Collins 2018, arXiv 1809.01812).
+        """
+        if not self.config.pair_weight:
+            return None, {}
+        energies = span_energies(self.discriminator, self.policy, traces, self.token_budget)
+        scores = []
+        for trace, f, logp in zip(traces, energies, action_logp, strict=True):
+            spans = offsets(trace.span_lengths, logp.device)
+            logp = combine_logp(logp, spans, self.config.span_logp)
+            scores.append(self._logits(f, self._floored(logp)).sum())
+        experts: dict[tuple[int, ...], list[int]] = {}
+        for i, trace in enumerate(traces):
+            if trace.source == Source.EXPERT:
+                experts.setdefault(trace.prompt, []).append(i)
+        pairs = [
+            (e, i)
+            for i, trace in enumerate(traces)
+            if trace.source != Source.EXPERT
+            for e in experts.get(trace.prompt, ())
+        ]
+        if not pairs:
+            return None, {}
+        score = torch.stack(scores)
+        expert, other = torch.tensor(pairs, device=score.device).T
+        ahead = score[expert] - score[other]
+        slope = -self.config.pair_weight * torch.sigmoid(-ahead) / len(pairs)
+        slopes = torch.zeros_like(score).index_add(0, expert, slope).index_add(0, other, -slope)
+        return slopes, {
+            "disc/pair_loss": float(softplus(-ahead).mean()),
+            "disc/pair_accuracy": float((ahead > 0).float().mean()),
+        }
+
+    def restart_average(self) -> None:
+        """The moving average begins at the weights as they are now."""
+        if self.config.ema_decay:
+            trainable = self.discriminator.trainable()
+            self.average = {name: p.detach().clone() for name, p in trainable.items()}
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        trainable = self.discriminator.trainable()
+        for name, value in self.average.items():
+            value.lerp_(trainable[name].detach(), 1 - self.config.ema_decay)
+
+    def scoring(self) -> AbstractContextManager[None]:
+        """Within it, f is that of the moving average where there is one."""
+        return swapped(self.discriminator, self.average) if self.average else nullcontext()
 
     @torch.no_grad()
     def _policy_hidden(self, batch: PackedBatch) -> Tensor | None:
@@ -170,6 +246,7 @@ class DiscriminatorLearner:
         """Tensors and JSON-able values for a checkpoint."""
         tensors, optimiser = self.optimiser.state("disc_adamw")
         tensors |= {f"disc.{k}": p.detach() for k, p in self.discriminator.trainable().items()}
+        tensors |= {f"disc_average.{k}": value for k, value in self.average.items()}
         values = {
             "optimiser": optimiser,
             "accuracy": self.accuracy,
@@ -180,6 +257,7 @@ class DiscriminatorLearner:
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Set what ``state`` gave."""
         copy_parameters(self.discriminator.trainable(), tensors, "disc.")
+        copy_parameters(self.average, tensors, "disc_average.")
         self.optimiser.restore(tensors, state["optimiser"], "disc_adamw")
         self.accuracy = state["accuracy"]
         self.replay.restore(state["replay"])
@@ -284,7 +362,7 @@ class PolicyLearner:
 
 
 def copy_parameters(
-    parameters: dict[str, torch.nn.Parameter], values: dict[str, Tensor], prefix: str
+    parameters: Mapping[str, Tensor], values: dict[str, Tensor], prefix: str
 ) -> None:
     """Set every parameter from ``values[prefix + name]``.
 
@@ -304,9 +382,9 @@ def copy_parameters(
 
 
 @contextmanager
-def swapped(policy: LanguageModel, values: dict[str, Tensor]) -> Iterator[None]:
-    """The policy with other weights, for as long as the block lasts."""
-    trainable = policy.trainable()
+def swapped(model: LanguageModel | Discriminator, values: dict[str, Tensor]) -> Iterator[None]:
+    """The model with other weights, for as long as the block lasts."""
+    trainable = model.trainable()
     own = {name: p.detach().clone() for name, p in trainable.items()}
     copy_parameters(trainable, values, "")
     try:

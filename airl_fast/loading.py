@@ -35,7 +35,10 @@ from airl_fast.parsing import parse_object, shown
 
 METADATA = "airl_fast.json"
 T = TypeVar("T")
-_BUILT_IN = {"arithmetic-base": "tasks/assets/arithmetic-base"}
+_BUILT_IN = {
+    name: f"tasks/assets/{name}"
+    for name in ("arithmetic-base", "countdown-base", "countdown-base-small")
+}
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 

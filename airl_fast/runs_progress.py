@@ -20,9 +20,12 @@ class RunsProgress:
     """Follows runs by the metrics that they write, until the block ends.
 
     On a terminal, bars; elsewhere, a line for every run every ten seconds.
+
+    Args:
+        hide_done: take the bars of finished runs away.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, hide_done: bool = False) -> None:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
         self._bars = Progress(
@@ -33,6 +36,7 @@ class RunsProgress:
             TextColumn("{task.fields[note]}"),
             disable=not sys.stdout.isatty(),
         )
+        self.hide_done = hide_done
         self._followed: list[tuple[Any, str, RunConfig | None, Future[Any]]] = []
         self._done: set[str] = set()
         self._stop = threading.Event()
@@ -66,6 +70,10 @@ class RunsProgress:
         self._followed.append((bar, name, None, future))
         return future
 
+    def say(self, text: str) -> None:
+        """Print a line above the bars."""
+        self._bars.console.print(text, highlight=False, soft_wrap=True)
+
     def _watch(self) -> None:
         looks = 0
         while not self._stop.wait(_EVERY):
@@ -75,7 +83,8 @@ class RunsProgress:
     def _look(self, say: bool) -> None:
         for bar, name, config, future in list(self._followed):
             done, note = _state(config, future)
-            self._bars.update(bar, completed=done, note=note)
+            visible = not (self.hide_done and future.done())
+            self._bars.update(bar, completed=done, note=note, visible=visible)
             if self._bars.disable and name not in self._done and (say or future.done()):
                 total = config.total_steps if config else 1
                 if future.done():

@@ -18,19 +18,26 @@ from airl_fast.schema_models import (
 )
 from airl_fast.section import Float, Int, refuse_if, section
 
+BUILT_IN = {  # models that ship with the package, and the tasks whose characters they know
+    "arithmetic-base": ("arithmetic",),
+    "countdown-base": ("arithmetic", "countdown"),
+    "countdown-base-small": ("arithmetic", "countdown"),
+}
+
 
 @section
 class TaskConfig:
     """Problems, demonstrations and their subsets."""
 
-    name: Literal["arithmetic", "gsm8k", "jsonl", "medreason", "mmlu_pro"] = Field(
+    name: Literal["arithmetic", "countdown", "gsm8k", "jsonl", "medreason", "mmlu_pro"] = Field(
         description="which task"
     )
     path: str | None = Field(
         default=None,
         min_length=1,
         description="local file or folder of JSON lines, or a hub name "
-        "(gsm8k, medreason, mmlu_pro; null: the task's own); arithmetic is generated and has none",
+        "(gsm8k, medreason, mmlu_pro; null: the task's own); arithmetic and countdown are "
+        "generated and have none",
     )
     traces: str | None = Field(
         default=None,
@@ -44,9 +51,11 @@ class TaskConfig:
         description="medreason: a file of questions that the test set is drawn from; null: "
         "test.jsonl of task.path, or the traces",
     )
-    seed: Int = Field(default=0, description="draws the subsets, and arithmetic's problems")
+    seed: Int = Field(default=0, description="draws the subsets, and generated problems")
     demonstrations: Int | None = Field(
-        default=None, ge=1, description="expert traces used; null: 600 (arithmetic), all (others)"
+        default=None,
+        ge=1,
+        description="expert traces used; null: 600 (arithmetic, countdown), all (others)",
     )
     unlabelled: Int = Field(
         default=0, ge=0, description="further training prompts, without their demonstrations"
@@ -54,7 +63,10 @@ class TaskConfig:
     validation: Int = Field(default=200, ge=0, description="problems to choose settings on")
     test: Int = Field(default=400, ge=0, description="problems to report on")
     expert_error: Float = Field(
-        default=0.3, ge=0, le=1, description="arithmetic: share of demonstrations with an error"
+        default=0.3,
+        ge=0,
+        le=1,
+        description="arithmetic, countdown: share of demonstrations with an error",
     )
     correct_only: bool = Field(
         default=False, description="mmlu_pro: leave out demonstrations with a wrong answer"
@@ -65,12 +77,17 @@ class TaskConfig:
     )
     calculator_marks: bool = Field(default=False, description="gsm8k: keep <<48/2=24>> in traces")
 
+    @property
+    def generated(self) -> bool:
+        """Whether the problems are made, from the seed alone."""
+        return self.name in ("arithmetic", "countdown")
+
     @model_validator(mode="after")
     def _check(self) -> "TaskConfig":
         refuse_if(
             (
-                self.name == "arithmetic" and self.path is not None,
-                f"task.path={self.path!r} with task.name=arithmetic, which is generated; "
+                self.generated and self.path is not None,
+                f"task.path={self.path!r} with task.name={self.name}, which is generated; "
                 "remove task.path or set task.name=jsonl",
             ),
             (
@@ -78,12 +95,12 @@ class TaskConfig:
                 "task.name=jsonl needs task.path, a file or folder of JSON lines",
             ),
             (
-                self.name != "arithmetic" and self.expert_error != 0.3,
+                not self.generated and self.expert_error != 0.3,
                 f"task.expert_error={self.expert_error} plants errors in generated traces only; "
                 f"remove it for task.name={self.name}",
             ),
             (
-                self.name in ("arithmetic", "jsonl") and not self.chat,
+                (self.generated or self.name == "jsonl") and not self.chat,
                 "task.chat=false is for gsm8k, medreason and mmlu_pro; remove it for "
                 f"task.name={self.name}",
             ),
@@ -121,6 +138,11 @@ class RunSection:
     )
     eval_every: Int = Field(default=10, ge=0, description="steps between evaluations; 0: none")
     eval_samples: Int = Field(default=4, ge=1, description="samples of a validation problem")
+    eval_kl: bool = Field(
+        default=False,
+        description="evaluations measure the KL from the policy that the warm start left, kept "
+        "for it",
+    )
     device: str | None = Field(
         default=None, min_length=1, description="null: the GPU where there is one, else the CPU"
     )
@@ -167,21 +189,22 @@ class RunConfig:
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":
         task, policy, disc = self.task, self.policy, self.discriminator
-        built_in = policy.model == "arithmetic-base"
+        built_in = policy.model in BUILT_IN
         trains_on_groups = self.algorithm.name != "sft"
         bare_prompts = self.sampling.prompts_per_step - self.shown_prompts
         demonstrations = task.demonstrations
-        if demonstrations is None and task.name == "arithmetic":
+        if demonstrations is None and task.generated:
             demonstrations = 600
         refuse_if(
             (
-                built_in and task.name != "arithmetic",
-                f"policy.model=arithmetic-base knows arithmetic's 16 characters only; set "
-                f"policy.model to a language model for task.name={task.name}",
+                built_in and task.name not in BUILT_IN.get(policy.model, ()),
+                f"policy.model={policy.model} knows the characters of "
+                f"{' and '.join(BUILT_IN.get(policy.model, ()))} only; set policy.model to a "
+                f"language model for task.name={task.name}",
             ),
             (
                 built_in and policy.gguf_file is not None,
-                "policy.gguf_file with policy.model=arithmetic-base, which is safetensors; "
+                f"policy.gguf_file with policy.model={policy.model}, which is safetensors; "
                 "remove policy.gguf_file",
             ),
             (
@@ -205,6 +228,7 @@ class RunConfig:
                 and self.algorithm.sft_warmup > 0
                 and disc.trunk != "policy"
                 and disc.model is None
+                and disc.saved is None
                 and adapter(policy) != adapter(disc),
                 f"algorithm.sft_warmup={self.algorithm.sft_warmup}: the discriminator starts from "
                 "the warm policy's weights, so both need the same adapter; set "

@@ -13,7 +13,8 @@ class PolicyConfig:
 
     model: str = Field(
         min_length=1,
-        description="hub name or folder; arithmetic-base: the model that ships with the package",
+        description="hub name or folder; arithmetic-base, countdown-base and countdown-base-small "
+        "ship with the package",
     )
     gguf_file: str | None = Field(default=None, description="GGUF file inside policy.model")
     dtype: Literal["float32", "bfloat16"] = Field(
@@ -42,6 +43,12 @@ class DiscriminatorConfig:
         default=None, min_length=1, description="hub name or folder; null: the policy's"
     )
     gguf_file: str | None = Field(default=None, description="GGUF file inside discriminator.model")
+    saved: str | None = Field(
+        default=None,
+        min_length=1,
+        description="folder of a run with a reward, or its reward/: f starts from it (or stays it, "
+        "with algorithm.frozen_discriminator), and is that of no policy",
+    )
     trunk: Literal["own", "shared", "policy"] = Field(
         default="own",
         description="own: a model of its own; shared: two LoRA adapters over one frozen backbone; "
@@ -67,6 +74,24 @@ class DiscriminatorConfig:
         default="f-logp",
         description="what tells experts from policy: f - log pi, f alone, or a critic (whose f "
         "nothing bounds but its learning rate)",
+    )
+    pair_weight: Float = Field(
+        default=0.0,
+        ge=0,
+        description="weight of a ranking loss: a demonstration's logit, summed over its spans, "
+        "above that of every other trace of its prompt",
+    )
+    logit_penalty: Float = Field(
+        default=0.0,
+        ge=0,
+        description="weight of the mean squared logit of a span, each class half",
+    )
+    ema_decay: Float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="rewards are of the weights' exponential moving average, which keeps this "
+        "share of itself at every update; 0: of the weights",
     )
     updates_per_step: Int = Field(default=1, ge=1, description="updates per policy step")
     warmup_updates: Int = Field(
@@ -117,6 +142,17 @@ class DiscriminatorConfig:
                 self.gguf_file is not None and self.model is None,
                 f"{mine}gguf_file={self.gguf_file!r} needs {mine}model, where the file is; "
                 "without either, the policy's model is used",
+            ),
+            (
+                self.saved is not None and (self.model is not None or self.trunk != "own"),
+                f"{mine}saved={self.saved!r} is a model with its head; remove {mine}model and set "
+                f"{mine}trunk=own",
+            ),
+            (
+                self.saved is not None
+                and (self.kappa, self.offset, self.lora_rank) != (1.0, 0.0, 0),
+                f"{mine}saved={self.saved!r} has its own kappa, offset and adapter; remove "
+                f"{mine}kappa, {mine}offset and {mine}lora_rank",
             ),
             (
                 self.trunk != "own" and self.model is not None,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from airl_fast.learners import (
 from airl_fast.models import Discriminator, Policy
 from airl_fast.optimisation import Optimiser
 from airl_fast.packing import Source, Trace
-from airl_fast.passes import action_logp, offsets, span_energies
+from airl_fast.passes import action_logp, offsets, per_trace_sum, span_energies
 from airl_fast.rollout import Rollout, largest_mismatch, sample, summarise
 from airl_fast.run_folder import RunFolder, write_models
 from airl_fast.tasks import Task, load_task
@@ -84,7 +85,8 @@ class Trainer:
         self.discriminator = None
         if config.algorithm.name == "airl":
             self.discriminator = discriminator or create_discriminator(config, self.policy)
-        self._starts_as_policy = discriminator is None and config.discriminator.model is None
+        given = discriminator, config.discriminator.model, config.discriminator.saved
+        self._starts_as_policy = all(one is None for one in given)
         self.on_step = on_step
         self.should_stop = should_stop
 
@@ -181,7 +183,7 @@ class Trainer:
         advantages = self._advantages(traces, rewards, metrics)
         self.guards.advantages(advantages)
         old_logp = logp if algorithm.policy_updates > 1 else None
-        ref_logp = self._reference_logp(traces)
+        ref_logp = self._reference_logp(traces) if algorithm.kl_beta else None
         given = traces, advantages, old_logp, ref_logp
         metrics |= self.audit.policy(step, self.policy_learner, *given)
         for _ in range(algorithm.policy_updates):
@@ -220,7 +222,8 @@ class Trainer:
             reward = outcome_rewards(self.policy, self.task, asked, traces)
         else:
             budget = self.config.run.token_budget
-            reward = torch.cat(span_energies(self.discriminator, self.policy, traces, budget))
+            with self._scoring():
+                reward = torch.cat(span_energies(self.discriminator, self.policy, traces, budget))
             if self.config.algorithm.reward == "f-logp":
                 spans = offsets([n for t in traces for n in t.span_lengths], reward.device)
                 how = self.config.discriminator.span_logp
@@ -257,9 +260,7 @@ class Trainer:
         run, sampling = self.config.run, self.config.sampling
         return action_logp(self.policy, traces, run.token_budget, sampling.temperature)
 
-    def _reference_logp(self, traces: Sequence[Trace]) -> list[Tensor] | None:
-        if not self.reference:
-            return None
+    def _reference_logp(self, traces: Sequence[Trace]) -> list[Tensor]:
         with swapped(self.policy, self.reference):
             return self._logp(traces)
 
@@ -304,19 +305,31 @@ class Trainer:
         """The warm start is over: f starts from the policy as it is now, and so does the KL."""
         if self.discriminator is not None and self._starts_as_policy and self.sft_steps:
             self.discriminator.copy_body(self.policy)
-        if self.config.algorithm.kl_beta:
+        if self.disc_learner is not None:
+            self.disc_learner.restart_average()
+        if self.config.algorithm.kl_beta or self.config.run.eval_kl:
             trainable = self.policy.trainable()
             self.reference = {name: p.detach().clone() for name, p in trainable.items()}
 
+    def _scoring(self) -> AbstractContextManager[None]:
+        """Within it, f is what the learner has rewards made of."""
+        return self.disc_learner.scoring() if self.disc_learner is not None else nullcontext()
+
     def _evaluate(self, metrics: Metrics) -> None:
-        """pass@1 on validation problems, and how well f tells right from wrong there."""
+        """pass@1 on validation problems; what f says of the samples; the KL from the start."""
         run = self.config.run
         due = run.eval_every and (
             self.step % run.eval_every == 0 or self.step in (self.sft_steps, self.total_steps)
         )
-        if due and self.data.validation:
+        if not due or not self.data.validation:
+            return
+        with self._scoring():
             models = self.policy, self.discriminator
-            metrics |= validate(self.config, self.task, self.data, *models)
+            found, traces = validate(self.config, self.task, self.data, *models)
+        metrics |= found
+        if run.eval_kl and self.reference:
+            own, start = per_trace_sum(self._logp(traces)), self._reference_logp(traces)
+            metrics["valid/kl"] = (own - per_trace_sum(start)).mean().item()
 
     def _record(self, metrics: dict[str, Any], *, save: bool) -> None:
         def recorded() -> bool:
@@ -377,7 +390,8 @@ class Trainer:
             WriteError: it cannot be written to.
         """
         models = (self.policy, self.discriminator)
-        write_models(folder or self.folder.path, *models, self.config, self.task)
+        with self._scoring():
+            write_models(folder or self.folder.path, *models, self.config, self.task)
 
 
 def _clipped(values: Tensor, limit: float | None, name: str, metrics: Metrics) -> Tensor:

@@ -71,8 +71,12 @@ def validate(
     data: TrainingData,
     policy: LanguageModel,
     discriminator: Discriminator | None,
-) -> dict[str, float]:
-    """pass@1 on a run's validation problems, and how well f tells right from wrong there."""
+) -> tuple[dict[str, float], list[Trace]]:
+    """pass@1 on a run's validation problems, f there and how well it tells right from wrong.
+
+    Returns:
+        The metrics, and the samples as traces.
+    """
     run, sampling = config.run, config.sampling
     samples = sample_problems(
         policy,
@@ -85,14 +89,14 @@ def validate(
         stop=sampling.stop,
     )
     metrics = {"valid/pass@1": samples.accuracy}
+    traces = traces_of(samples, data.maker)
     if discriminator is not None:
-        traces = traces_of(samples, data.maker)
         energies = span_energies(discriminator, policy, traces, run.token_budget)
-        right = samples.correct.flatten()
+        score, right = per_trace_sum(energies).cpu(), samples.correct.flatten()
+        metrics["valid/f"] = score.mean().item()
         if right.any() and not right.all():
-            score = per_trace_sum(energies).cpu()
             metrics["valid/auc_f"] = auc(score.numpy(), right.numpy())
-    return metrics
+    return metrics, traces
 
 
 def traces_of(samples: Samples, maker: TraceMaker) -> list[Trace]:

@@ -150,6 +150,19 @@ CONFIG: list[list[Any]] = [
         Raw("run: !!binary x\ntask: !!timestamp x\npolicy: !!int 0x\nsampling: !!float x"),
     ],
     [Raw("run.steps=3"), Raw("a.b=1"), Raw("sampling.stop=[a, b]"), Raw("run.seed=2001-99-99")],
+    [
+        {
+            "recipe": "arithmetic",
+            "seeds": [0, 1],
+            "overrides": ["run.steps=2"],
+            "starts": {"a": None, "b": {"overrides": ["task.test=3"]}},
+            "variants": {"c": None, "d": {"start": "a", "init": "base", "reward_from": "c"}},
+            "comparisons": [["c", "SFT"]],
+            "plots": {"All": ["c", "d"]},
+            "sft_arms": [[0.1, 2]],
+        },
+        {"recipe": "arithmetic", "seeds": [0], "starts": {"a": {}}, "variants": {"c": {}}},
+    ],
 ]
 
 _PAIRS = {"prompts": ["1+1=", [3, 4]], "completions": ["ab1cd", ["a", "b"]], "end_of_text": True}

@@ -24,6 +24,7 @@ from airl_fast.report.run import report_run
 from airl_fast.reward_folder import read_trained
 from airl_fast.run_folder import RunFolder
 from airl_fast.score_files import locate_file, rerank_file, score_file
+from airl_fast.study.spec import load_study
 from airl_fast.tasks import load_task
 from fuzz import seeds
 
@@ -235,12 +236,15 @@ def _page(path: Path) -> None:
 
 
 def _config(variant: int, data: bytes, folder: Path) -> None:
-    """A configuration file, and an override of the command line."""
+    """A configuration file, an override of the command line, and a study."""
     path = folder / "run.yaml"
     try:
         if variant == 0:
             path.write_bytes(data)
             load_config(path)
+        elif variant == 2:
+            path.write_bytes(data)
+            load_study(str(path))
         else:
             load_config("arithmetic", [data.decode("utf-8", "replace")])
     except ConfigError as error:

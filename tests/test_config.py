@@ -197,6 +197,10 @@ CONTRADICTIONS = [
     (["policy.gguf_file=x.gguf"], r"remove policy\.gguf_file"),
     (["task.name=gsm8k"], r"policy\.model=arithmetic-base"),
     (["task.name=jsonl"], r"needs task\.path"),
+    (["discriminator.saved=x", "discriminator.model=y"], r"remove discriminator\.model"),
+    (["discriminator.saved=x", "discriminator.kappa=2"], r"remove discriminator\.kappa"),
+    (["discriminator.saved=x", "discriminator.lora_rank=2"], r"discriminator\.lora_rank"),
+    (["task.name=countdown"], r"policy\.model=arithmetic-base"),
     (["task.name=gsm8k", "task.expert_error=0.1"], r"task\.expert_error=0\.1"),
 ]
 

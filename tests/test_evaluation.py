@@ -16,6 +16,7 @@ from airl_fast.evaluation import (
     locate_accuracy,
     majority_vote,
     paired_bootstrap,
+    paired_bootstrap_of_runs,
     pass_at_k,
     weighted_vote,
 )
@@ -162,6 +163,32 @@ def test_paired_bootstrap_sees_what_unpaired_intervals_hide():
     assert back.low == pytest.approx(-result.high)
     with pytest.raises(ValueError, match="per problem"):
         paired_bootstrap([1.0], [1.0, 2.0], seed=0)
+
+
+def test_runs_are_resampled_and_then_their_problems():
+    a = [RNG.normal(0.5, 1, 200), RNG.normal(0.5, 1, 300)]
+    b = [np.zeros(200), np.zeros(300)]
+    one = paired_bootstrap_of_runs(a[:1], b[:1], seed=3)
+    plain = paired_bootstrap(a[0], b[0], seed=3)
+    assert one.difference == pytest.approx(plain.difference)
+    assert (one.low, one.high) == pytest.approx((plain.low, plain.high), abs=0.02)
+    both = paired_bootstrap_of_runs(a, b, seed=3)
+    assert both.difference == pytest.approx((a[0].mean() + a[1].mean()) / 2)
+    # Runs that differ and problems that do not: the intervals are those of the runs alone. Of two,
+    # a quarter of the resamples has the lower one twice.
+    runs = paired_bootstrap_of_runs([[0.0] * 5, [1.0] * 5], [[0.0] * 5] * 2, seed=0)
+    assert (runs.low, runs.difference, runs.high) == (0.0, 0.5, 1.0)
+    # The variance of the mean of R means of P: that over runs and that within them, over R (enough
+    # runs for their mean to be normal).
+    apart = [RNG.normal(centre, 2, 20) for centre in np.linspace(-1, 1, 30)]
+    wide = paired_bootstrap_of_runs(apart, [np.zeros(20)] * 30, seed=1, n=5000)
+    means = [d.mean() for d in apart]
+    std = ((np.var(means) + np.mean([d.var() / 20 for d in apart])) / 30) ** 0.5
+    assert wide.high - wide.low == pytest.approx(2 * 1.96 * std, rel=0.05)
+    with pytest.raises(ValueError, match="as many runs"):
+        paired_bootstrap_of_runs(a, b[:1], seed=0)
+    with pytest.raises(ValueError, match="same problems"):
+        paired_bootstrap_of_runs([[1.0]], [[1.0, 2.0]], seed=0)
 
 
 @pytest.mark.parametrize(("successes", "trials"), [(0, 10), (3, 10), (10, 10), (500, 1319)])

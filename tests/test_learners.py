@@ -1,6 +1,7 @@
 """One update of each learner against the oracle, however the batch is cut."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -127,12 +128,12 @@ def cu(lengths):
     return torch.tensor([0, *lengths]).cumsum(0)
 
 
-def expected_disc_loss(discriminator, policy, logit, *, smoothing=0.0, floor=None, temperature=1.0):
-    """Loss and statistics from the oracle, one trace at a time, with plain transformers."""
+def expected_energies(discriminator, policy, temperature=1.0):
+    """f and log pi of every trace's spans from the oracle, with plain transformers."""
     plain = copy.deepcopy(policy.model)
     plain.set_attn_implementation("eager")
     body = discriminator.body
-    of_f, energies, logps, labels = [], [], [], []
+    energies, logps = [], []
     for trace in TRACES:
         targets, spans = torch.tensor(trace.completion), cu(trace.span_lengths)
         with torch.no_grad():
@@ -157,8 +158,13 @@ def expected_disc_loss(discriminator, policy, logit, *, smoothing=0.0, floor=Non
                 after, before = torch.cat([h[:-1], zero]), torch.cat([zero, h[:-1]])
                 f = last + discriminator.shaping_gamma * after - before
         energies.append(f)
-        of_f.append(f.detach())
-        labels.append(torch.full((len(trace.span_lengths),), trace.source == Source.EXPERT))
+    return energies, logps
+
+
+def expected_disc_loss(discriminator, policy, logit, *, smoothing=0.0, floor=None, temperature=1.0):
+    """Loss and statistics from the oracle, one trace at a time."""
+    energies, logps = expected_energies(discriminator, policy, temperature)
+    labels = [torch.full((len(t.span_lengths),), t.source == Source.EXPERT) for t in TRACES]
     f, logp, is_expert = torch.cat(energies), torch.cat(logps), torch.cat(labels)
     if floor is not None:
         logp = logp.clamp(min=floor)
@@ -230,6 +236,98 @@ def test_no_floor_leaves_log_pi_alone():
     loss, _ = expected_disc_loss(discriminator, policy, "airl")
     assert metrics["disc/loss"] == pytest.approx(loss.item(), rel=1e-4)
     assert metrics["disc/logp_floored"] == 0
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("logit", ["f-logp", "f", "wgan"])
+@pytest.mark.parametrize("head", ["lm", "lm-mean", "shaped"])
+def test_ranking_and_penalty_add_their_gradients_however_the_batch_is_cut(head, logit, budget):
+    policy = make_policy()
+    discriminator = make_discriminator(head, policy)
+    smoothing = 0.0 if logit == "wgan" else 0.2
+    config = make_config(
+        f"discriminator.logit={logit}",
+        f"discriminator.label_smoothing={smoothing}",
+        f"discriminator.span_logp={discriminator.span_logp}",
+        "discriminator.logp_floor=-9",
+        "discriminator.pair_weight=0.7",
+        "discriminator.logit_penalty=0.3",
+        f"run.token_budget={budget}",
+        "sampling.max_new_tokens=8",
+    )
+    learner = DiscriminatorLearner(discriminator, policy, config)
+    learner.optimiser = Spy(discriminator.trainable())
+    metrics = learner.update(TRACES, logp_of(learner, TRACES))
+
+    discriminator.body.model.set_attn_implementation("eager")
+    form = {"f-logp": "airl", "f": "logit", "wgan": "wgan"}[logit]
+    loss, _ = expected_disc_loss(discriminator, policy, form, smoothing=smoothing, floor=-9.0)
+    energies, logps = expected_energies(discriminator, policy)
+    logits = [
+        f - logp.clamp(min=-9.0) if logit == "f-logp" else f
+        for f, logp in zip(energies, logps, strict=True)
+    ]
+    of = {True: [], False: []}
+    for trace, z in zip(TRACES, logits, strict=True):
+        of[trace.source == Source.EXPERT].append(z)
+    loss = loss + 0.3 * sum(0.5 * torch.cat(z).square().mean() for z in of.values())
+    assert metrics["disc/loss"] == pytest.approx(loss.item(), rel=1e-4, abs=1e-5)
+    pairs = [  # (0, others of prompt 0), (1, others of prompt 1)
+        -torch.log(torch.sigmoid(logits[e].sum() - logits[o].sum()))
+        for e, others in ((0, (2, 3)), (1, (4, 5, 6)))
+        for o in others
+    ]
+    ranking = torch.stack(pairs).mean()
+    assert metrics["disc/pair_loss"] == pytest.approx(ranking.item(), rel=1e-3)
+    ahead = [p.item() < torch.log(torch.tensor(2.0)).item() for p in pairs]
+    assert metrics["disc/pair_accuracy"] == pytest.approx(sum(ahead) / 5)
+    expected = gradients(loss + 0.7 * ranking, discriminator.trainable())
+    assert_gradients(learner.optimiser.gradients[0], expected)
+
+
+def test_pairs_are_of_one_prompt_whatever_the_groups():
+    """A replayed trace has the group number of another step."""
+    policy = make_policy()
+    learner = DiscriminatorLearner(
+        make_discriminator("lm", policy), policy, make_config("discriminator.pair_weight=1")
+    )
+    renumbered = [
+        replace(t, group=9) if t.source == Source.POLICY and t.group == 0 else t for t in TRACES
+    ]
+    one, other = (learner._ranking(t, logp_of(learner, t)) for t in (TRACES, renumbered))
+    assert one[1] == other[1]
+    assert torch.equal(one[0], other[0])
+    alone = [t for t in TRACES if t.source != Source.EXPERT]
+    assert learner._ranking(alone, logp_of(learner, alone)) == (None, {})
+
+
+def test_the_moving_average_is_what_scores():
+    policy = make_policy()
+    learner = DiscriminatorLearner(
+        make_discriminator("lm", policy), policy, make_config("discriminator.ema_decay=0.8")
+    )
+    expected = state_of(learner.discriminator)
+    for _ in range(3):
+        learner.update(TRACES, logp_of(learner, TRACES))
+        own = state_of(learner.discriminator)
+        expected = {n: 0.8 * expected[n] + 0.2 * own[n] for n in own}
+    with learner.scoring():
+        scoring = state_of(learner.discriminator)
+    for name, value in expected.items():
+        torch.testing.assert_close(scoring[name], value, msg=name)
+    assert any(not torch.allclose(scoring[n], own[n]) for n in own)
+    assert all(torch.equal(p, own[n]) for n, p in learner.discriminator.trainable().items())
+    learner.restart_average()
+    assert all(torch.equal(learner.average[n], own[n]) for n in own)
+
+
+def test_without_a_moving_average_the_weights_score():
+    policy = make_policy()
+    learner = DiscriminatorLearner(make_discriminator("lm", policy), policy, make_config())
+    learner.update(TRACES, logp_of(learner, TRACES))
+    before = state_of(learner.discriminator)
+    with learner.scoring():
+        assert all(torch.equal(p, before[n]) for n, p in learner.discriminator.trainable().items())
 
 
 def logp_of(learner, traces, temperature=1.0):

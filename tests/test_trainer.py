@@ -7,10 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from airl_fast.attention import standard_attention
 from airl_fast.config import load_config
+from airl_fast.learners import swapped
 from airl_fast.models import Discriminator, Policy
 from airl_fast.packing import Source, pack
 from airl_fast.trainer import Trainer
+from airl_fast.validation import sample_problems
 from tests import oracle
 
 TINY = [
@@ -427,6 +430,92 @@ def test_evaluation_happens_when_due(tmp_path):
             assert line["valid/pass@1"] * 16 == pytest.approx(round(line["valid/pass@1"] * 16))
 
 
+def test_evaluations_measure_the_kl_from_the_warm_start(tmp_path):
+    fast = ["policy.warmup_steps=0", "policy.learning_rate=3e-3", "run.eval_samples=64"]
+    trainer = Trainer(make_config(tmp_path, *fast, "run.eval_every=1", "run.eval_kl=true"))
+    metrics = trainer.train()
+    assert "valid/kl" not in metrics[0]  # the warm start
+    assert metrics[1]["valid/kl"] == pytest.approx(0.0, abs=1e-5)  # the discriminator alone
+    assert metrics[3]["valid/kl"] > 0.01
+    assert all("policy/kl_ref" not in m or m["policy/kl_ref"] == 0 for m in metrics)
+    # Exactly: the sum over tokens of the KL of the two distributions, over the same texts.
+    samples = sample_problems(
+        trainer.policy, trainer.task, trainer.validation, group_size=64, max_new_tokens=24, seed=0
+    )
+    exact = 0.0
+    for rollout in samples.rollouts:
+        ids = torch.tensor([[*rollout.prompt, *rollout.completion]])
+        start = len(rollout.prompt) - 1
+        with torch.no_grad(), standard_attention(trainer.policy.causal_lm):
+            own = trainer.policy.model(ids).logits[0, start:-1].double().log_softmax(-1)
+            with swapped(trainer.policy, trainer.reference):
+                other = trainer.policy.model(ids).logits[0, start:-1].double().log_softmax(-1)
+        exact += (own.exp() * (own - other)).sum().item() / len(samples.rollouts)
+    # Two estimates of one number from the same 256 samples.
+    assert metrics[3]["valid/kl"] == pytest.approx(exact, rel=0.5)
+
+
+def test_rewards_and_the_saved_reward_are_of_the_moving_average(tmp_path):
+    config = make_config(
+        tmp_path, "discriminator.ema_decay=0.9", "discriminator.learning_rate=0.01", "run.steps=1"
+    )
+    trainer, traces, advantages, _, _ = before_the_update(config)
+    learner = trainer.disc_learner
+    assert any(not torch.equal(learner.average[n], p) for n, p in learner_weights(trainer))
+    with swapped(trainer.discriminator, learner.average):
+        rewards = torch.cat([alone(trainer, t)[1] for t in traces])
+    again = trainer._advantages(traces, rewards.clamp(-30, 30), {})
+    for mine, other in zip(advantages, again, strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-3, rtol=1e-3)
+    trainer.save(tmp_path / "saved")
+    saved = Discriminator.from_pretrained(tmp_path / "saved" / "reward")
+    assert_same(bits(saved.trainable()), learner.average)
+
+
+def learner_weights(trainer):
+    return trainer.discriminator.trainable().items()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_saved_reward_trains_another_policy_on_another_task(frozen, tmp_path):
+    both = ["policy.model=countdown-base", "sampling.max_new_tokens=30"]
+    Trainer(make_config(tmp_path / "first", *both)).train()
+    saved = Discriminator.from_pretrained(tmp_path / "first" / "reward")
+    config = make_config(
+        tmp_path / "second",
+        *both,
+        "task.name=countdown",
+        f"discriminator.saved={tmp_path / 'first'}",
+        f"algorithm.frozen_discriminator={frozen}",
+    )
+    trainer = Watched(config)
+    for weights in trainer.weights:
+        of_disc = {n: v for n, v in weights.items() if n.startswith("disc.")}
+        assert_same(of_disc, bits({f"disc.{n}": p for n, p in saved.named_parameters()}))
+    trainer.train()
+    moved = changed(of_disc, {n: v for n, v in trainer.weights[-1].items() if n in of_disc})
+    assert bool(moved) != frozen
+    # After the warm start, which the policy has and the reward has not.
+    assert_same(of_disc, {n: v for n, v in trainer.weights[1].items() if n in of_disc})
+
+
+def test_a_saved_reward_of_another_form_or_tokenizer_is_refused(tmp_path):
+    Trainer(make_config(tmp_path / "first", "run.steps=1")).train()
+    saved = f"discriminator.saved={tmp_path / 'first' / 'reward'}"
+    for overrides, message in (
+        (["discriminator.head=score"], "head=lm, and the configuration says score"),
+        (["discriminator.span_logp=mean"], "span_logp=sum, and the configuration says mean"),
+        (["policy.model=countdown-base"], "another tokenizer"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Trainer(make_config(tmp_path / "second", saved, *overrides))
+    with pytest.raises(ValueError, match="no such folder"):
+        Trainer(make_config(tmp_path / "second", "discriminator.saved=nowhere"))
+    Trainer(make_config(tmp_path / "other", *OWN_TRUNK, "run.steps=1")).train()
+    with pytest.raises(ValueError, match="reads the hidden states of the policy"):
+        Trainer(make_config(tmp_path / "third", f"discriminator.saved={tmp_path / 'other'}"))
+
+
 def test_the_packed_path_agrees_with_the_sampler(tmp_path):
     trainer = Trainer(make_config(tmp_path, "sampling.temperature=0.6", "run.token_budget=64"))
     assert all(m.get("sampler_mismatch", 0) < 1e-3 for m in trainer.train())
@@ -461,6 +550,7 @@ RUNS = {
     "policy-trunk": [*OWN_TRUNK, "algorithm.sft_warmup=0", "algorithm.kl_beta=0.1"],
     "wgan": [*WGAN, *LORA, "algorithm.expert_in_group=true"],
     "frozen": ["algorithm.frozen_discriminator=true"],
+    "averaged": ["discriminator.ema_decay=0.7", "discriminator.pair_weight=1", "run.eval_kl=true"],
     "sft": ["algorithm.name=sft", "run.steps=4"],
     "grpo": ["algorithm.name=grpo", "algorithm.sft_warmup=2"],
 }

@@ -16,6 +16,7 @@ from airl_fast.evaluation.numbers import (
     locate_accuracy,
     majority_vote,
     paired_bootstrap,
+    paired_bootstrap_of_runs,
     pass_at_k,
     weighted_vote,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "locate_accuracy",
     "majority_vote",
     "paired_bootstrap",
+    "paired_bootstrap_of_runs",
     "pass_at_k",
     "weighted_vote",
 ]

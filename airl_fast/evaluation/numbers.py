@@ -196,6 +196,45 @@ def paired_bootstrap(
     )
 
 
+def paired_bootstrap_of_runs(
+    a: Sequence[ArrayLike], b: Sequence[ArrayLike], seed: int, level: float = 0.95, n: int = 2000
+) -> PairedDifference:
+    """Compare two methods over several runs: resample the runs, then each one's problems.
+
+    With few runs their spread is what little of it was seen: of three, one resample in nine is
+    three times the same run.
+
+    Args:
+        a: [R][P], one value per problem of every run; P may differ between runs.
+        b: [R][P], the other method's, in the same order.
+        seed: makes the result reproducible.
+        level: in (0, 1).
+        n: number of resamples; as in ``paired_bootstrap``.
+
+    Returns:
+        Of the mean over runs of the mean over problems.
+    """
+    if len(a) != len(b) or not a:
+        raise ValueError(f"expected as many runs of each, one or more, got {len(a)} and {len(b)}")
+    runs = []
+    for first, second in zip(map(_units, a), map(_units, b), strict=True):
+        if first.shape != second.shape:
+            raise ValueError(
+                f"expected one value of each method per problem of a run, got {first.size} and "
+                f"{second.size}; compare runs on the same problems"
+            )
+        runs.append(first - second)
+    rng = np.random.default_rng(seed)
+    draws = n * len(runs)
+    inner = np.stack([d[rng.integers(d.size, size=(draws, d.size))].mean(1) for d in runs])
+    drawn = rng.integers(len(runs), size=(n, len(runs)))  # every draw of a run has its own problems
+    means = inner[drawn, np.arange(draws).reshape(n, -1)].mean(1)
+    tail = min(int((means <= 0).sum()), int((means >= 0).sum()))
+    low, high = _percentiles(means, level)
+    difference = float(np.mean([d.mean() for d in runs]))
+    return PairedDifference(difference, low, high, min(1.0, 2 * (tail + 1) / (n + 1)))
+
+
 def binomial_interval(successes: int, trials: int, level: float = 0.95) -> tuple[float, float]:
     """Wilson score interval of a proportion (Wilson 1927), for independent trials."""
     if not 0 <= successes <= trials or trials == 0:

@@ -19,6 +19,7 @@ __all__ = [
 
 TASKS = {  # by name, the class in the module of that name
     "arithmetic": "Arithmetic",
+    "countdown": "Countdown",
     "gsm8k": "GSM8K",
     "jsonl": "JSONLines",
     "medreason": "MedReason",
@@ -39,7 +40,7 @@ def load_task(config: TaskConfig) -> Task:
             the subsets asked for.
     """
     make = task_class(config.name)
-    if config.name == "arithmetic":
+    if config.generated:
         return make(
             config.seed,
             demonstrations=600 if config.demonstrations is None else config.demonstrations,

@@ -26,7 +26,7 @@ PAD, END_OF_TEXT = "<pad>", "<eos>"
 _STEP = re.compile(r"(?P<left>\d+)(?P<operand>[+-]\d+)=(?P<result>\d+);")
 _TRACE = re.compile(r"(?:\d+[+-]\d+=\d+;)+#\d+\.")
 _ANSWER = re.compile(r"[^#]*#(\d+)\.")
-_FOLDS = 8  # of the problems: one in eight may be in a test set, one in eight in a validation set
+FOLDS = 8  # of the problems: one in eight may be in a test set, one in eight in a validation set
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ class Problem:
         It depends on the problem alone, so what one seed trains on, no seed tests on; data made
         elsewhere (a base model's) keeps clear of every test set with ``fold >= 2``.
         """
-        return hashlib.sha256(self.prompt.encode()).digest()[0] % _FOLDS
+        return hashlib.sha256(self.prompt.encode()).digest()[0] % FOLDS
 
 
 def sample_problem(rng: random.Random) -> Problem:
@@ -98,7 +98,7 @@ def careless_trace(problem: Problem, rng: random.Random, forget: float = 0.6) ->
     return problem.trace(tuple(results))
 
 
-def _wrong_digits(value: int) -> list[int]:
+def wrong_digits(value: int) -> list[int]:
     """Return every number of as many digits that differs from ``value`` in exactly one."""
     text, found = str(value), []
     for place, old in enumerate(text):
@@ -155,7 +155,7 @@ class Arithmetic:
         if min(sizes) < 0:
             raise ValueError(f"the sets have sizes {sizes}; expected 0 or more each")
         self.seed = seed
-        trained = self._draw("train", demonstrations + unlabelled, range(2, _FOLDS))
+        trained = self._draw("train", demonstrations + unlabelled, range(2, FOLDS))
         self.train = [
             Example(
                 prompt=problem.prompt,
@@ -239,7 +239,7 @@ class Arithmetic:
         for i in rng.sample(range(len(steps)), len(steps)):
             step, later = steps[i], operands[i + 1 :]
             exact, result = int(step["left"]) + operands[i], int(step["result"])
-            wrong = [value for value in _wrong_digits(result) if value != exact]
+            wrong = [value for value in wrong_digits(result) if value != exact]
             before = completion[: step.start("result")]
             if not carry:
                 return f"{before}{rng.choice(wrong)}{completion[step.end('result') :]}", i
@@ -254,15 +254,20 @@ class Arithmetic:
 
 
 def build_tokenizer() -> "PreTrainedTokenizerFast":
-    """Make the task's tokenizer: one token per character, plus padding and end of text.
+    """Make the task's tokenizer, of the characters ``0123456789+-=;#.``."""
+    return make_tokenizer(CHARACTERS)
 
-    Encoding and decoding round-trip exactly; a character outside ``0123456789+-=;#.`` is an
-    error, not an unknown token.
+
+def make_tokenizer(characters: str) -> "PreTrainedTokenizerFast":
+    """Make a tokenizer: one token per character, plus padding and end of text.
+
+    Encoding and decoding round-trip exactly; a character that is not among these is an error, not
+    an unknown token.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {token: i for i, token in enumerate((PAD, END_OF_TEXT, *CHARACTERS))}
+    vocabulary = {token: i for i, token in enumerate((PAD, END_OF_TEXT, *characters))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
-from airl_fast.checkpoint import save_checkpoint
-from airl_fast.config import load_config, save_config
 from tests.robustness.table import Cell, CommandRefused, Entry
 
 CELLS: list[Cell] = []
@@ -153,82 +149,6 @@ _e.refuses(
     CommandRefused,
 )
 
-
-def run(t: Any, spoilt: str | None = None) -> Any:
-    """A folder as a run of one step leaves it, with weights of no model."""
-    folder = t.folder()
-    save_config(load_config("arithmetic"), folder / "config.yaml")
-    made = save_checkpoint(folder / "checkpoints", 1, {"a": torch.ones(1)}, {"step": 1}, keep=1)
-    if spoilt is not None:
-        (made / spoilt).write_text("{")
-    return folder
-
-
-_e = Entry(
-    "airl-fast export",
-    CELLS,
-    shape=PLAIN,
-    dtype=PLAIN,
-    offsets=PLAIN,
-    non_finite=PLAIN,
-    device="as Trainer",
-)
-_e.refuses(
-    "range",
-    "a step without a checkpoint",
-    lambda t: t.command("export", run(t), "--checkpoint", 7),
-    "step-000007 is not there",
-    "holds those of steps [1]",
-    CommandRefused,
-)
-_e.refuses(
-    "negative",
-    "--checkpoint=-1",
-    lambda t: t.command("export", run(t), "--checkpoint=-1"),
-    "'-1'",
-    "expected best, last or a number of steps",
-    CommandRefused,
-)
-_e.refuses(
-    "empty",
-    "a run that was never evaluated",
-    lambda t: t.command("export", run(t)),
-    "best.json",
-    "run.eval_every",
-    CommandRefused,
-)
-_e.refuses(
-    "option",
-    "--checkpoint first",
-    lambda t: t.command("export", run(t), "--checkpoint", "first"),
-    "'first'",
-    "expected best, last or a number of steps",
-    CommandRefused,
-)
-_e.refuses(
-    "file",
-    "a folder without a run",
-    lambda t: t.command("export", t.folder()),
-    "no config.yaml",
-    "give the run.output_dir of `airl-fast train`",
-    CommandRefused,
-)
-_e.refuses(
-    "file",
-    "a damaged checkpoint",
-    lambda t: t.command("export", run(t, spoilt="state.json"), "--checkpoint", 1),
-    "state.json has 1 bytes",
-    "take an earlier checkpoint",
-    CommandRefused,
-)
-_e.refuses(
-    "model",
-    "a checkpoint of other models",
-    lambda t: t.command("export", run(t), "--checkpoint", 1),
-    "found nothing",
-    "resume with the models that the run was started with",
-    CommandRefused,
-)
 
 _e = Entry("airl-fast serve", CELLS, shape=PLAIN, dtype=PLAIN, device="as score", offsets=PLAIN)
 _e.refuses(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from typing import Any
+from typing import Any, Literal
 
 from airl_fast.negatives import perturb
 from airl_fast.readers import Reading
@@ -49,8 +49,10 @@ def of(name: str, *rows: Any, content: Any = None, **options: Any) -> Any:
     return call
 
 
+GENERATED: tuple[Literal["arithmetic", "countdown"], ...] = ("arithmetic", "countdown")
+
 for _name in TASKS:
-    if _name == "arithmetic":
+    if _name in GENERATED:
         continue
     _e = Entry(
         f"task {_name}",
@@ -129,39 +131,40 @@ for _name in TASKS:
     _bare = {key: value for key, value in _row.items() if key != _key}
     _e.refuses("option", f"no column {_key}", of(_name, _bare), f"no column {_key!r}", ' is {"')
 
-_e = Entry(
-    "task arithmetic",
-    CELLS,
-    shape="is generated",
-    dtype="TaskConfig refuses it",
-    device="is generated",
-    offsets="is generated",
-    non_finite="TaskConfig refuses it",
-    file="reads none",
-    model="knows no model",
-    empty="is generated",
-)
-_e.refuses(
-    "range",
-    "expert_error=1.5",
-    lambda _: TaskConfig(name="arithmetic", expert_error=1.5),
-    "1.5",
-    "less than or equal to 1",
-)
-_e.refuses(
-    "negative",
-    "demonstrations=-1",
-    lambda _: TaskConfig(name="arithmetic", demonstrations=-1),
-    "-1",
-    "greater than or equal to 1",
-)
-_e.refuses(
-    "option",
-    "a path",
-    lambda _: TaskConfig(name="arithmetic", path="x"),
-    "task.path='x'",
-    "remove task.path or set task.name=jsonl",
-)
+for _made in GENERATED:
+    _e = Entry(
+        f"task {_made}",
+        CELLS,
+        shape="is generated",
+        dtype="TaskConfig refuses it",
+        device="is generated",
+        offsets="is generated",
+        non_finite="TaskConfig refuses it",
+        file="reads none",
+        model="knows no model",
+        empty="is generated",
+    )
+    _e.refuses(
+        "range",
+        "expert_error=1.5",
+        lambda _, n=_made: TaskConfig(name=n, expert_error=1.5),
+        "1.5",
+        "less than or equal to 1",
+    )
+    _e.refuses(
+        "negative",
+        "demonstrations=-1",
+        lambda _, n=_made: TaskConfig(name=n, demonstrations=-1),
+        "-1",
+        "greater than or equal to 1",
+    )
+    _e.refuses(
+        "option",
+        "a path",
+        lambda _, n=_made: TaskConfig(name=n, path="x"),
+        "task.path='x'",
+        "remove task.path or set task.name=jsonl",
+    )
 
 _FORMATS = {
     "jsonl": {"prompt": "1", "steps": ["a", "b"], "label": -1},

@@ -226,6 +226,52 @@ _e.refuses(
 )
 
 _e = Entry(
+    "evaluation.paired_bootstrap_of_runs",
+    CELLS,
+    **NONE,
+    range="any number is one",
+    negative="any number is one",
+)
+_e.refuses(
+    "shape",
+    "2 runs and 1",
+    lambda _: e.paired_bootstrap_of_runs([[1], [2]], [[1]], 0),
+    "got 2 and 1",
+    "as many runs of each",
+)
+_e.refuses(
+    "shape",
+    "a run of 2 and 3 values",
+    lambda _: e.paired_bootstrap_of_runs([[1, 2]], [[1, 2, 3]], 0),
+    "got 2 and 3",
+    "compare runs on the same problems",
+)
+_e.refuses(
+    "dtype", "texts", lambda _: e.paired_bootstrap_of_runs([["a"]], [[1]], 0), "'a'", "float"
+)
+_e.refuses(
+    "non-finite",
+    "infinity",
+    lambda _: e.paired_bootstrap_of_runs([[float("inf")]], [[1]], 0),
+    "1 that are not finite",
+    "expected finite values [P]",
+)
+_e.refuses(
+    "empty",
+    "no runs",
+    lambda _: e.paired_bootstrap_of_runs([], [], 0),
+    "got 0 and 0",
+    "one or more",
+)
+_e.refuses(
+    "option",
+    "level=0",
+    lambda _: e.paired_bootstrap_of_runs([[1, 2]], [[0, 1]], 0, level=0),
+    "got 0",
+    "such as 0.95",
+)
+
+_e = Entry(
     "evaluation.binomial_interval", CELLS, **NONE, shape="takes counts", dtype="takes counts"
 )
 _e.refuses("range", "5 of 4", lambda _: e.binomial_interval(5, 4), "got 5 of 4", "<= trials")

@@ -8,6 +8,7 @@ from pathlib import Path
 from tests.robustness import (
     batches,
     commands,
+    commands_runs,
     data,
     evaluating,
     integrations,
@@ -36,7 +37,7 @@ AREAS = {
     "Numbers of an evaluation": evaluating.CELLS,
     "Integrations": integrations.CELLS,
     "The server": serving.CELLS,
-    "Commands": commands.CELLS,
+    "Commands": commands.CELLS + commands_runs.CELLS,
 }
 CELLS: list[Cell] = [cell for cells in AREAS.values() for cell in cells]
 PAGE = Path(__file__).parents[2] / "docs" / "robustness.md"

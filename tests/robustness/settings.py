@@ -74,7 +74,7 @@ _e.refuses(
     "model",
     "arithmetic's model for another task",
     built(task={"name": "gsm8k", "expert_error": 0.3}),
-    "knows arithmetic's 16 characters",
+    "knows the characters of arithmetic only",
     "set policy.model to a language model",
 )
 

@@ -1,4 +1,4 @@
-"""The demo's worker processes: how they are told to stop, and how a stopped demo goes on."""
+"""Worker processes of several runs: how they are told to stop, and how they go on."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ if TYPE_CHECKING:
     from airl_fast.config import RunConfig
     from airl_fast.trainer import Trainer
 
-_SETTINGS = "demo.json"
 _asked: Any = None  # in a worker: the event that says to stop
 
 
 class StoppedError(Exception):
-    """The demo was asked to stop, and every run has saved its step.
+    """Asked to stop, and every run has saved its step.
 
     Attributes:
         status: the exit status, 0 after SIGTERM and 130 after Ctrl-C.
@@ -73,7 +72,7 @@ def begin(asked: Any) -> None:
 
 
 def check() -> None:
-    """End this job here if the demo was asked to stop.
+    """End this job here if it was asked to stop.
 
     Raises:
         StoppedError: it was.
@@ -83,7 +82,7 @@ def check() -> None:
 
 
 def train(config: RunConfig) -> Trainer:
-    """Run to the end, or to the end of the step in which the demo is asked to stop.
+    """Run to the end, or to the end of the step in which it is asked to stop.
 
     Raises:
         StoppedError: it was asked to, and has saved the step.
@@ -98,23 +97,27 @@ def train(config: RunConfig) -> Trainer:
     return trainer
 
 
-def open_folder(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Make the demo's folder, or take up one of a demo that did not come to its end.
+def open_folder(folder: Path, settings: Mapping[str, Any], what: str) -> None:
+    """Make the folder of a demo or study, or take up one that was made with the same settings.
+
+    Args:
+        folder: new, empty, or with WHAT.json in it.
+        settings: JSON-able.
+        what: "demo" or "study".
 
     Raises:
-        ValueError: the folder holds something else, a finished demo or one of other settings.
+        ValueError: the folder holds something else, or one of other settings.
         WriteError: it cannot be written to.
     """
-    text = json.dumps(settings) + "\n"
+    text, file = json.dumps(settings) + "\n", folder / f"{what}.json"
     if folder.exists() and any(folder.iterdir()):
-        file = folder / _SETTINGS
-        if not file.is_file() or (folder / "metrics.json").exists():
+        if not file.is_file():
             raise ValueError(f"{folder} is not empty: choose another --output-dir or delete it")
         if file.read_text("utf-8") != text:
             raise ValueError(
-                f"{folder} holds a demo of other settings, {file.read_text('utf-8').strip()}: give "
-                "them again to go on with it, or choose another --output-dir"
+                f"{folder} holds a {what} of other settings, {file.read_text('utf-8').strip()}: "
+                "give them again to go on with it, or choose another --output-dir"
             )
     with explained(str(folder)):
         make_folder(folder)
-        write_text(folder / _SETTINGS, text)
+        write_text(file, text)

@@ -1,24 +1,45 @@
-"""What the learned reward is good for in the demo: reranking samples, finding the first error."""
+"""What a reward is good for: reranking samples, telling right from wrong, finding the error."""
 
 from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from airl_fast.batches import TraceMaker, encode
 from airl_fast.config import RunConfig
-from airl_fast.evaluation import best_of_n, locate_accuracy, majority_vote
+from airl_fast.evaluation import auc, best_of_n, locate_accuracy, majority_vote
 from airl_fast.learners import combine_logp
 from airl_fast.loading import LanguageModel
-from airl_fast.models import Discriminator
+from airl_fast.measuring import draw
+from airl_fast.models import Discriminator, Policy
 from airl_fast.packing import Source, Trace
 from airl_fast.passes import action_logp, offsets, per_trace_sum, span_energies
 from airl_fast.spans import span_offsets, span_rule
-from airl_fast.tasks import Task, encode_completion
+from airl_fast.tasks import Task, encode_completion, load_task
 from airl_fast.validation import Samples, traces_of
+
+
+@dataclass(frozen=True)
+class Uses:
+    """A reward beside log pi, on a policy's samples and on planted errors; per test problem.
+
+    Attributes:
+        rerank: accuracy of each way to pick one of the samples.
+        auc: of f and of log pi, right against wrong samples; empty where all are one or the other.
+        locate: hits of each way to find the planted error.
+        chance: of a hit.
+        traces: some of the planted ones, JSON-able.
+    """
+
+    rerank: dict[str, list[float]]
+    auc: dict[str, float]
+    locate: dict[str, list[float]]
+    chance: float
+    traces: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -32,25 +53,47 @@ class Planted:
     error: int
 
 
+def use_reward(reward: Path, start: str | Path, config: RunConfig, *, samples: int) -> Uses:
+    """Rerank a policy's samples and locate planted errors, by f and by its log pi alone.
+
+    Args:
+        reward: folder of a saved reward.
+        start: folder or name of the policy: the one that the samples are of, not the one that
+            the reward has been used up on.
+        config: of the run.
+        samples: of each test problem.
+    """
+    policy = Policy.from_pretrained(start)
+    discriminator = Discriminator.from_pretrained(reward)
+    task = load_task(config.task)
+    drawn = draw(policy, config, "test", samples, 1.0)
+    ranked, separated = rerank(discriminator, policy, task, drawn, config)
+    located, chance, planted = locate(discriminator, policy, task, config)
+    return Uses(ranked, separated, located, chance, show_traces(planted))
+
+
 def rerank(
     reward: Discriminator, policy: LanguageModel, task: Task, samples: Samples, config: RunConfig
-) -> dict[str, list[float]]:
-    """Accuracy on every problem of picking one of its samples in five ways."""
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Accuracy on every problem of picking one of its samples in five ways; AUC of both scores."""
     size = samples.correct.shape[1]
     correct = samples.correct.numpy()
     traces = traces_of(samples, _maker(task, policy))
     budget = config.run.token_budget
-    f = per_trace_sum(span_energies(reward, policy, traces, budget)).view(-1, size)
-    logp = per_trace_sum(action_logp(policy, traces, budget)).view(-1, size)
+    scores = {
+        "log pi": per_trace_sum(action_logp(policy, traces, budget)).view(-1, size).numpy(),
+        "f": per_trace_sum(span_energies(reward, policy, traces, budget)).view(-1, size).numpy(),
+    }
     answers = [task.extract_answer(rollout.text) for rollout in samples.rollouts]
     rows = [answers[i : i + size] for i in range(0, len(answers), size)]
-    return {
+    picks = {
         "random pick": correct.mean(1).tolist(),
         "majority vote": majority_vote(rows, correct).tolist(),
-        "log pi": best_of_n(correct, logp.numpy(), [size])[:, 0].tolist(),
-        "f": best_of_n(correct, f.numpy(), [size])[:, 0].tolist(),
+        **{name: best_of_n(correct, s, [size])[:, 0].tolist() for name, s in scores.items()},
         "oracle": correct.max(1).astype(float).tolist(),
     }
+    mixed = correct.any() and not correct.all()
+    return picks, {name: auc(s, correct) for name, s in scores.items()} if mixed else {}
 
 
 def locate(
