@@ -440,7 +440,12 @@ def test_evaluations_measure_the_kl_from_the_warm_start(tmp_path):
     assert all("policy/kl_ref" not in m or m["policy/kl_ref"] == 0 for m in metrics)
     # Exactly: the sum over tokens of the KL of the two distributions, over the same texts.
     samples = sample_problems(
-        trainer.policy, trainer.task, trainer.validation, group_size=64, max_new_tokens=24, seed=0
+        trainer.policy,
+        trainer.task,
+        trainer.data.validation,
+        group_size=64,
+        max_new_tokens=24,
+        seed=0,
     )
     exact = 0.0
     for rollout in samples.rollouts:
