@@ -77,8 +77,8 @@ def _alike(found: Tensor, expected: Any) -> bool:
 
 def _serves(layer: Any, hidden_states: Tensor, kwargs: dict[str, Any]) -> bool:
     """Whether a pass can run fused: one of ours, in float32, and nobody listens inside."""
-    if kwargs.get("packed_batch") is None:  # a text alone keeps its keys, once
-        return False
+    if hidden_states.device.type != "cpu" or kwargs.get("packed_batch") is None:
+        return False  # a text alone keeps its keys: once
     if kwargs.get("output_attentions") or kwargs.get("output_hidden_states"):
         return False
     if kwargs.get("position_embeddings") is None or forced() not in (None, "cpu"):

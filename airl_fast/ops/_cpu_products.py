@@ -160,7 +160,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         [..., N], differentiable any number of times.
     """
-    rows = x.reshape(-1, x.shape[-1]) if x.dtype == weight.dtype == torch.float32 else None
+    ours = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+    rows = x.reshape(-1, x.shape[-1]) if ours else None
     if rows is None or serves(rows, weight.t()) is not None or torch.is_autocast_enabled("cpu"):
         return torch.nn.functional.linear(x, weight, bias)
     if torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad):
