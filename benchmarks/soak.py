@@ -43,9 +43,12 @@ _RECIPE = "arithmetic"
 _OWN = (
     Quantity(name="resident memory", column="rss_mib", unit="MiB", tolerance=10),
     Quantity(name="unique memory", column="uss_mib", unit="MiB", tolerance=10),
+    Quantity(name="lowest resident memory", column="rss_mib", unit="MiB", tolerance=5,
+             lowest=True),
+    Quantity(name="lowest unique memory", column="uss_mib", unit="MiB", tolerance=5, lowest=True),
     Quantity(name="open file handles", column="handles", unit="", tolerance=1),
     Quantity(name="threads", column="threads", unit="", tolerance=1),
-)
+)  # fmt: skip
 _TRAIN = (
     *_OWN,
     Quantity(name="time of a step", column="step_seconds", unit="s", tolerance=5, relative=True),
@@ -82,6 +85,14 @@ class Log:
         """How often the machine held everything for three intervals (in seconds) or more."""
         times = [sample["minutes"] for sample in self.samples]
         return sum(60 * (after - before) > 3 * interval for before, after in pairwise(times))
+
+    def read(self) -> None:
+        """Take the samples that an earlier soak has left."""
+        with self.path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                self.samples.append(
+                    {k: value if k == "phase" else float(value) for k, value in row.items()}
+                )
 
     def add(self, process: psutil.Process, values: dict[str, Any]) -> None:
         """Append what the process holds now, and the values."""
@@ -139,7 +150,7 @@ def soak_training(log: Log, minutes: float, interval: float, overrides: Sequence
     """Train for a while, as ``airl-fast train`` does; return how many samples are warm start.
 
     Raises:
-        RuntimeError: the run ended by itself, or does not end when it is interrupted.
+        RuntimeError: the run ended by itself, or does not exit with 0 when it is told to.
     """
     from airl_fast.config import load_config
 
@@ -159,9 +170,9 @@ def soak_training(log: Log, minutes: float, interval: float, overrides: Sequence
                     tail = words.read_text("utf-8", "replace")[-2000:]
                     raise RuntimeError(f"the run ended by itself ({process.returncode}): {tail}")
                 log.add(watched, steps.read(sampling.prompts_per_step * sampling.group_size))
-            process.send_signal(signal.SIGINT)
-            if (status := process.wait(300)) != 130:
-                raise RuntimeError(f"an interrupted run exits with 130, this one with {status}")
+            process.send_signal(signal.SIGTERM)  # a shell's background jobs do not hear SIGINT
+            if (status := process.wait(300)) != 0:
+                raise RuntimeError(f"the run exits with {status} on SIGTERM, not with 0")
     return sum(sample["phase"] != "policy" for sample in log.samples)
 
 
@@ -219,18 +230,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     output = arguments.output or results / f"soak-{arguments.what}"
     output.mkdir(parents=True, exist_ok=True)
     path = output / "samples.csv"
-    path.unlink(missing_ok=True)
-    log = Log(path)
     about: dict[str, Any] = {"load_before": round(os.getloadavg()[0], 2)}
     interval = arguments.interval
     early = 0
-    if arguments.what == "train":
+    quantities = _TRAIN if arguments.what == "train" else _SERVE
+    if not arguments.again:
+        path.unlink(missing_ok=True)
+    log = Log(path)
+    if arguments.again:
+        log.read()
+        early = sum(sample.get("phase", "policy") != "policy" for sample in log.samples)
+    elif arguments.what == "train":
         about["overrides"] = arguments.overrides
         early = soak_training(log, arguments.minutes, interval, arguments.overrides)
-        quantities = _TRAIN
     else:
         about |= soak_server(log, arguments.minutes, interval, arguments.clients)
-        quantities = _SERVE
     warmup = arguments.minutes / 10 if arguments.warmup is None else arguments.warmup
     start = log.samples[early]["minutes"] if early < len(log.samples) else log.minutes
     warm = [sample for sample in log.samples[early:] if sample["minutes"] >= start + warmup]
@@ -265,6 +279,8 @@ def _parser() -> argparse.ArgumentParser:
                           help="between samples (default: %(default)s)")  # fmt: skip
         kind.add_argument("--warmup", type=float, metavar="M",
                           help="minutes that are not fitted (default: a tenth)")  # fmt: skip
+        kind.add_argument("--again", action="store_true",
+                          help="fit the samples.csv of a soak that was cut off")  # fmt: skip
         kind.add_argument("--output", type=Path, metavar="DIR",
                           help="(default: results/HARDWARE-DATE/soak-KIND)")  # fmt: skip
     return parser

@@ -32,6 +32,8 @@ class Quantity:
         unit: of a value.
         relative: whether slope and tolerance are in percent of the median value.
         tolerance: the largest slope, per hour, that is still called flat.
+        lowest: whether a block stands for its lowest sample instead of its median: what is never
+            given back raises it, what comes and goes within a step does not.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Quantity:
     tolerance: float
     per: str | None = None
     relative: bool = False
+    lowest: bool = False
 
     @property
     def slope_unit(self) -> str:
@@ -137,7 +140,8 @@ def blocks(
             inside = (place == block) & ~np.isnan(column)
             if inside.any():
                 hours.append(minutes[inside].mean() / 60)
-                values.append(np.median(column[inside]))
+                middle = np.min if quantity.lowest else np.median
+                values.append(middle(column[inside]))
         return np.array(hours), np.array(values)
     # From the last sample of a block to that of the next block in which anything was counted.
     counted = np.array([sample[quantity.per] for sample in samples])

@@ -47,6 +47,14 @@ def test_a_planted_leak_drifts_noise_is_flat_and_a_short_soak_cannot_tell():
     assert fit(samples(800 + noise[:30], minutes=1), MEMORY).verdict == "undecided"
 
 
+def test_memory_that_swings_within_a_step_is_judged_by_its_lowest():
+    rng = np.random.default_rng(2)
+    swings = 780 + 120 * rng.random(1400)
+    lowest = Quantity(name="lowest", column="mib", unit="MiB", tolerance=5, lowest=True)
+    assert fit(samples(swings), lowest).verdict == "flat"
+    assert fit(samples(swings + np.linspace(0, 40, 1400)), lowest).verdict == "drifts"
+
+
 def test_a_pause_of_the_machine_moves_nothing():
     values = np.full(1400, 800.0)
     values[500:600] = 5000
