@@ -230,7 +230,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     output = arguments.output or results / f"soak-{arguments.what}"
     output.mkdir(parents=True, exist_ok=True)
     path = output / "samples.csv"
-    about: dict[str, Any] = {"load_before": round(os.getloadavg()[0], 2)}
+    loaded = "unknown" if arguments.again else round(os.getloadavg()[0], 2)
+    about: dict[str, Any] = {"load_before": loaded}
     interval = arguments.interval
     early = 0
     quantities = _TRAIN if arguments.what == "train" else _SERVE
