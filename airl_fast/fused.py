@@ -149,6 +149,7 @@ def _fits_products(layer: Any, x: Tensor) -> bool:
         and not _heard(module)
         and module.weight.dtype == torch.float32
         and (module.bias is None or module in heads)
+        and products.fits_bias(module.bias, module.out_features)
         and products.serves_rows(len(x), module.weight) is None
         for module in (*heads, *others)
     )

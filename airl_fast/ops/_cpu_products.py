@@ -32,6 +32,8 @@ _LEAST_INNER = 32
 
 def serves(a: Tensor, b: Tensor) -> str | None:
     """Say why the tiles cannot take ``a [M, K] @ b [K, N]``, if they cannot."""
+    if a.shape[1] != b.shape[0]:
+        return "the shapes do not agree"  # which torch says in its own words
     return _unfit(a) or serves_rows(a.shape[0], b.t())
 
 
@@ -161,16 +163,27 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         [..., N], differentiable any number of times.
     """
     ours = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-    rows = x.reshape(-1, x.shape[-1]) if ours else None
+    rows = x.reshape(-1, x.shape[-1]) if ours and fits_bias(bias, len(weight)) else None
     if rows is None or serves(rows, weight.t()) is not None or torch.is_autocast_enabled("cpu"):
         return torch.nn.functional.linear(x, weight, bias)
-    if torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad):
+    inputs = (rows, weight) if bias is None else (rows, weight, bias)
+    if torch.is_grad_enabled() and any(one.requires_grad for one in inputs):
         result: Tensor = _Product.apply(rows, weight.t())
         result = result if bias is None else result + bias
     else:
         result = torch.empty(len(rows), len(weight))
         _run(rows, [Factor(weight.t(), result, bias)])
     return result.view(*x.shape[:-1], len(weight))
+
+
+def fits_bias(bias: Tensor | None, columns: int) -> bool:
+    """Whether a bias can be added to the rows of a product on the tiles: none, or float32 [N]."""
+    return bias is None or (
+        _unfit(bias) is None
+        and bias.dtype == torch.float32
+        and bias.shape == (columns,)
+        and bias.is_contiguous()
+    )
 
 
 def _operand(x: Tensor) -> tuple[int, int, int, int]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import airl_fast
+from airl_fast import _C
 
 REFUSES_FLOAT64 = "float32, and float64 inputs ask for float64"
 
@@ -27,3 +28,14 @@ def refuses(served_by):
         return True
 
     return check
+
+
+@pytest.fixture(params=["avx512", "avx2", "portable"])
+def path(request):
+    """The vector path of the C++ kernels, one after the other."""
+    if request.param not in _C.vector_paths():
+        pytest.skip(f"this processor has no {request.param}")
+    best = _C.vector_path()
+    _C.use_vector_path(request.param)
+    yield request.param
+    _C.use_vector_path(best)

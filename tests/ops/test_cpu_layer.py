@@ -5,20 +5,10 @@ import math
 import pytest
 import torch
 
-from airl_fast import _C
 from airl_fast.ops import _cpu_layer as layer
 
+pytestmark = pytest.mark.usefixtures("path")
 WIDTHS = [1, 3, 16, 33, 96, 577]
-
-
-@pytest.fixture(params=("avx512", "avx2", "portable"), autouse=True)
-def path(request):
-    if request.param not in _C.vector_paths():
-        pytest.skip(f"this processor has no {request.param}")
-    best = _C.vector_path()
-    _C.use_vector_path(request.param)
-    yield request.param
-    _C.use_vector_path(best)
 
 
 def numbers(*shape, seed=0, scale=1.0):

@@ -164,6 +164,32 @@ def test_a_long_inner_dimension_is_not_gated():
     assert not products.multiply_gated(x, Factor(b, torch.empty(256, 64)), b, norm)
 
 
+def test_a_frozen_layers_bias_has_its_gradient():
+    x, weight = torch.randn(300, 64), torch.randn(70, 64)
+    bias = torch.zeros(70, requires_grad=True)
+    products.linear(x, weight, bias).sum().backward()
+    assert torch.equal(bias.grad, torch.full((70,), 300.0))
+
+
+@pytest.mark.parametrize(
+    ("inner", "bias"),
+    [(50, None), (64, torch.zeros(69)), (64, torch.zeros(70).double())],
+    ids=["inner", "columns", "dtype"],
+)
+def test_what_does_not_agree_is_refused_as_by_torch(inner, bias):
+    x, weight = torch.randn(300, inner), torch.randn(70, 64)
+    with pytest.raises(RuntimeError) as expected:
+        torch.nn.functional.linear(x, weight, bias)
+    with pytest.raises(RuntimeError) as found:
+        products.linear(x, weight, bias)
+    assert str(found.value) == str(expected.value)
+
+
+def test_a_product_of_sizes_that_do_not_agree_is_refused():
+    with pytest.raises(RuntimeError):
+        products.multiply(torch.randn(300, 50), torch.randn(64, 70), torch.empty(300, 70))
+
+
 def test_what_is_not_served_runs_in_torch():
     a, b = torch.randn(300, 64), torch.randn(64, 70)
     few = torch.randn(3, 64)

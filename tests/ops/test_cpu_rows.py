@@ -16,16 +16,6 @@ ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 HEADS = [{}, {"temperature": 0.7, "softcap": 3.0, "logit_scale": 1.3}]
 
 
-@pytest.fixture(params=("avx512", "avx2", "portable"))
-def path(request):
-    if request.param not in _C.vector_paths():
-        pytest.skip(f"this processor has no {request.param}")
-    best = _C.vector_path()
-    _C.use_vector_path(request.param)
-    yield request.param
-    _C.use_vector_path(best)
-
-
 def read(a, targets, bias=None, entropy=True, threads=1, columns=None, **head):
     """logp and entropy by the kernel, and what it needs to be differentiated."""
     temperature, softcap, scale = (

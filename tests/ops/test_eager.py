@@ -55,16 +55,6 @@ def values(n, dtype=torch.float32):
     return torch.randn(n, generator=torch.Generator().manual_seed(n)).to(dtype)
 
 
-@pytest.fixture(params=("avx512", "avx2", "portable"))
-def path(request):
-    if request.param not in _C.vector_paths():
-        pytest.skip(f"this processor has no {request.param}")
-    best = _C.vector_path()
-    _C.use_vector_path(request.param)
-    yield request.param
-    _C.use_vector_path(best)
-
-
 LENGTHS = [
     (),
     (1,),
