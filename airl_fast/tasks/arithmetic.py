@@ -120,6 +120,18 @@ def _carry_on(value: int, operands: tuple[int, ...]) -> tuple[int, ...] | None:
     return tuple(results)
 
 
+def check_sets(sizes: tuple[int, ...], expert_error: float) -> None:
+    """Refuse what a built-in task's sets cannot be drawn with.
+
+    Raises:
+        ValueError: a negative size, or a probability outside 0 to 1.
+    """
+    if not 0 <= expert_error <= 1:
+        raise ValueError(f"expert_error is {expert_error}; expected a probability, 0 to 1")
+    if min(sizes) < 0:
+        raise ValueError(f"the sets have sizes {sizes}; expected 0 or more each")
+
+
 class Arithmetic:
     """Seeded problems in four disjoint sets; see the module's first lines for the format.
 
@@ -149,11 +161,7 @@ class Arithmetic:
         test: int = 400,
         expert_error: float = 0.3,
     ) -> None:
-        if not 0 <= expert_error <= 1:
-            raise ValueError(f"expert_error is {expert_error}; expected a probability, 0 to 1")
-        sizes = (demonstrations, unlabelled, validation, test)
-        if min(sizes) < 0:
-            raise ValueError(f"the sets have sizes {sizes}; expected 0 or more each")
+        check_sets((demonstrations, unlabelled, validation, test), expert_error)
         self.seed = seed
         trained = self._draw("train", demonstrations + unlabelled, range(2, FOLDS))
         self.train = [

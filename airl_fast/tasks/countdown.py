@@ -15,7 +15,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from airl_fast.tasks.arithmetic import CHARACTERS, FOLDS, make_tokenizer, wrong_digits
+from airl_fast.tasks.arithmetic import (
+    CHARACTERS,
+    FOLDS,
+    check_sets,
+    make_tokenizer,
+    wrong_digits,
+)
 from airl_fast.tasks.base import Example
 
 if TYPE_CHECKING:
@@ -238,11 +244,7 @@ class Countdown:
         test: int = 400,
         expert_error: float = 0.3,
     ) -> None:
-        if not 0 <= expert_error <= 1:
-            raise ValueError(f"expert_error is {expert_error}; expected a probability, 0 to 1")
-        sizes = (demonstrations, unlabelled, validation, test)
-        if min(sizes) < 0:
-            raise ValueError(f"the sets have sizes {sizes}; expected 0 or more each")
+        check_sets((demonstrations, unlabelled, validation, test), expert_error)
         self.seed = seed
         trained = self._draw("train", demonstrations + unlabelled, range(2, FOLDS))
         self.train = [
