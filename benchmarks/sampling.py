@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from airl_fast.attention import standard_attention
-from airl_fast.loading import LanguageModel, Origin
+from airl_fast.language_model import LanguageModel, Origin
 from airl_fast.packing import Trace
 from airl_fast.rollout import Rollout, sample
 from benchmarks.harness import Case, Outputs, Prepared, Sampled, Variant

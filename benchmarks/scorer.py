@@ -29,7 +29,8 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
 from airl_fast import Discriminator, RewardScorer
 from airl_fast.encoding import EncodedPair
-from airl_fast.loading import Origin, load_language_model
+from airl_fast.language_model import Origin
+from airl_fast.loading import load_language_model
 from airl_fast.reading import Passes
 from airl_fast.scores import Trained
 from airl_fast.tasks.answers import wrong_number
