@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from airl_fast.batches import derive_seed
-from airl_fast.loading import LanguageModel, Origin
+from airl_fast.language_model import LanguageModel, Origin
 from airl_fast.ops.linear_logprob import linear_logprob
 from airl_fast.optimisation import Optimiser
 from airl_fast.packing import Trace, pack

@@ -19,8 +19,8 @@ from torch import Tensor
 from airl_fast.batches import derive_seed
 from airl_fast.comparison import AuditError, Comparison
 from airl_fast.config import RunConfig
+from airl_fast.language_model import Head, LanguageModel
 from airl_fast.learners import FORMS, Metrics, PolicyLearner, combine_logp
-from airl_fast.loading import Head, LanguageModel
 from airl_fast.models import Discriminator, Policy
 from airl_fast.ops._head import LinearHead, present
 from airl_fast.ops.discriminator_loss import discriminator_loss

@@ -12,8 +12,8 @@ from airl_fast import jobs
 from airl_fast.batches import encode
 from airl_fast.checkpoint import load_checkpoint
 from airl_fast.config import RunConfig
+from airl_fast.language_model import LanguageModel
 from airl_fast.learners import copy_parameters
-from airl_fast.loading import LanguageModel
 from airl_fast.models import Policy
 from airl_fast.tasks import load_task
 from airl_fast.validation import Samples, sample_problems

@@ -19,18 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from airl_fast.distributed import World
-from airl_fast.loading import (
-    METADATA,
-    LanguageModel,
-    Origin,
-    add_adapter,
-    load_language_model,
-    load_saved,
-    read_metadata,
-    saved_dtype,
-    write_metadata,
-)
+from airl_fast.language_model import LanguageModel, Origin
+from airl_fast.loading import add_adapter, load_language_model, load_saved
 from airl_fast.loading_checks import known_device, whole_weights
+from airl_fast.metadata import METADATA, read_metadata, saved_dtype, write_metadata
 from airl_fast.ops.airl_score import AIRLScore, airl_score
 from airl_fast.ops.linear_logprob import linear_logprob
 from airl_fast.ops.segments import segment_mean, segment_sum

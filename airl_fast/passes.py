@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from airl_fast.loading import LanguageModel
+from airl_fast.language_model import LanguageModel
 from airl_fast.models import Discriminator
 from airl_fast.ops.segments import segment_sum
 from airl_fast.packing import PackedBatch, Trace, pack

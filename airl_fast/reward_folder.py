@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from airl_fast.calibration import Calibration
-from airl_fast.loading import METADATA, read_metadata
+from airl_fast.metadata import METADATA, read_metadata
 from airl_fast.parsing import shown
 from airl_fast.scores import Trained
 

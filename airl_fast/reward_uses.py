@@ -12,8 +12,8 @@ import numpy as np
 from airl_fast.batches import TraceMaker, encode
 from airl_fast.config import RunConfig
 from airl_fast.evaluation import auc, best_of_n, locate_accuracy, majority_vote
+from airl_fast.language_model import LanguageModel
 from airl_fast.learners import combine_logp
-from airl_fast.loading import LanguageModel
 from airl_fast.measuring import draw
 from airl_fast.models import Discriminator, Policy
 from airl_fast.packing import Source, Trace

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from airl_fast.attention import standard_attention
 from airl_fast.batches import derive_seed
-from airl_fast.loading import LanguageModel
+from airl_fast.language_model import LanguageModel
 
 FinishReason = Literal["end", "stop", "length"]
 

@@ -261,7 +261,8 @@ class Study:
 
     def _settings(self) -> dict[str, Any]:
         kept = ("train", "test", "max_prompt", "max_completion", "batch", "epochs",
-                "learning_rate", "score_learning_rate", "lm_learning_rate")  # fmt: skip
+                "learning_rate", "score_learning_rate", "lm_learning_rate",
+                "precision")  # fmt: skip
         return {key: getattr(self.options, key) for key in kept}
 
     def _keep_settings(self) -> None:
@@ -313,16 +314,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="of the lm head's scale and offset (default: %(default)s)",
     )
     add("--token-budget", type=int, default=4096, help="default: %(default)s")
+    add(
+        "--precision",
+        choices=("highest", "high", "medium"),
+        default="high",
+        help="of float32 products, as torch.set_float32_matmul_precision (default: %(default)s: "
+        "errors of about 1e-5, and nearly twice as fast on AMX)",
+    )
     add("--threads", type=int, help="CPU threads (default: torch's own)")
     options = parser.parse_args(argv)
     logging.disable_progress_bar()
     if options.threads:
         torch.set_num_threads(options.threads)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(options.precision)
     try:
         Study(options).run()
     except ValueError as error:
         print(f"studies.mmlu_pro: {error}", file=sys.stderr)
         return 2
+    finally:
+        torch.set_float32_matmul_precision(before)
     return 0
 
 

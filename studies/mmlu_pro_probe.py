@@ -24,7 +24,8 @@ from torch import Tensor
 from transformers.utils import logging
 
 from airl_fast.evaluation import Array, auc
-from airl_fast.loading import LanguageModel, Origin, load_language_model
+from airl_fast.language_model import LanguageModel, Origin
+from airl_fast.loading import load_language_model
 from airl_fast.packing import pack
 from studies.mmlu_pro_analysis import cell, measure, table
 from studies.mmlu_pro_data import MODELS, Asked, load

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from airl_fast import Discriminator, RewardScorer
 from airl_fast.invariance import least_rows, padded
-from airl_fast.loading import LanguageModel, Origin
+from airl_fast.language_model import LanguageModel, Origin
 from airl_fast.scores import Trained
 from tests.tiny_models import tiny_model, tiny_tokenizer
 

@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from airl_fast.config import load_config
+from airl_fast.language_model import LanguageModel, Origin
 from airl_fast.learners import (
     DiscriminatorLearner,
     PolicyLearner,
     combine_logp,
     copy_parameters,
 )
-from airl_fast.loading import LanguageModel, Origin
 from airl_fast.models import Discriminator
 from airl_fast.optimisation import Optimiser
 from airl_fast.packing import Source, Trace, pack

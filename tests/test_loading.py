@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from airl_fast.config import load_config
-from airl_fast.loading import add_adapter, load_language_model, read_metadata, resolve
+from airl_fast.loading import add_adapter, load_language_model, resolve
+from airl_fast.metadata import read_metadata
 from airl_fast.models import Discriminator, Policy
 from airl_fast.packing import Trace, pack
 from airl_fast.trainer import Trainer
@@ -204,7 +205,7 @@ def test_a_missing_description_is_named(tmp_path):
 
 def test_adapters_go_over_adapters_only(tiny_gguf):
     folder, _ = tiny_gguf
-    from airl_fast.loading import Origin
+    from airl_fast.language_model import Origin
 
     body = load_language_model(Origin(model=str(folder), gguf_file="tiny.gguf"))
     with pytest.raises(ValueError, match="shared backbone needs LoRA"):

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from airl_fast import Discriminator, Policy, RewardScorer
-from airl_fast.loading import LanguageModel, Origin, read_metadata
+from airl_fast.language_model import LanguageModel, Origin
+from airl_fast.metadata import read_metadata
 from airl_fast.model_files import TRUST_VARIABLE, check_model_folder, no_pickle
 from airl_fast.reward_folder import read_trained
 from tests.tiny_models import tiny_model, tiny_tokenizer

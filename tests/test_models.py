@@ -15,7 +15,7 @@ from transformers import (
     PhiConfig,
 )
 
-from airl_fast.loading import LanguageModel, Origin
+from airl_fast.language_model import LanguageModel, Origin
 from airl_fast.models import Discriminator, Policy
 from airl_fast.packing import Source, Trace, pack
 from tests import oracle

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from airl_fast.loading import LanguageModel, Origin
+from airl_fast.language_model import LanguageModel, Origin
 from airl_fast.models import Discriminator, Policy
 from airl_fast.packing import Trace
 from airl_fast.passes import action_logp

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from airl_fast import Discriminator, Policy, RewardScorer
 from airl_fast.encoding import PairEncoder
-from airl_fast.loading import LanguageModel, Origin
+from airl_fast.language_model import LanguageModel, Origin
 from tests.tiny_models import tiny_model, tiny_tokenizer
 from tests.tiny_run import tiny_run  # noqa: F401
 

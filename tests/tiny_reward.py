@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from airl_fast import Discriminator, Policy
-from airl_fast.loading import LanguageModel, Origin
+from airl_fast.language_model import LanguageModel, Origin
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 BOUNDARY = "[0-9 ]"  # so that random text has steps
