@@ -73,6 +73,7 @@ class DiscriminatorLearner:
         self.restart_average()
         head = discriminator.head_parameters()
         body = {k: p for k, p in discriminator.trainable().items() if k not in head}
+        steps = config.warmup_steps + config.run.steps
         self.optimiser = Optimiser(
             body,
             head=head,
@@ -81,6 +82,8 @@ class DiscriminatorLearner:
             weight_decay=self.config.weight_decay,
             betas=self.config.betas,
             clip_norm=self.config.clip_norm,
+            updates=steps * self.config.updates_per_step,
+            final_fraction=self.config.final_lr_fraction,
             world=policy.world,
         )
 

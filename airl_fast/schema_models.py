@@ -60,9 +60,15 @@ class DiscriminatorConfig:
     shaping_gamma: Float = Field(default=1.0, ge=0, le=1, description="discount of the shaping")
     lora_rank: Int = Field(default=0, ge=0, description="rank of the adapters; 0: full weights")
     lora_alpha: Int = Field(default=16, ge=1, description="scale of the adapters")
-    learning_rate: Float = Field(default=2e-4, gt=0, description="AdamW, constant")
+    learning_rate: Float = Field(default=2e-4, gt=0, description="AdamW, the highest rate")
     head_learning_rate: Float = Field(
         default=1e-2, gt=0, description="AdamW, for kappa and offset or the score rows"
+    )
+    final_lr_fraction: Float = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        description="over the run's updates, a cosine takes both rates to this share; 1: constant",
     )
     weight_decay: Float = Field(default=0.05, ge=0, description="AdamW")
     betas: Betas = Field(default=(0.9, 0.98), description="AdamW")

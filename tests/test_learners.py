@@ -330,6 +330,31 @@ def test_without_a_moving_average_the_weights_score():
         assert all(torch.equal(p, before[n]) for n, p in learner.discriminator.trainable().items())
 
 
+def test_the_discriminators_rate_ends_at_its_share_after_the_runs_updates():
+    """Two steps of its own and one of the policy's, of two updates each; then nothing moves."""
+    policy = make_policy()
+    planned = ["discriminator.warmup_updates=2", "run.steps=1", "discriminator.updates_per_step=2"]
+    made = {
+        share: DiscriminatorLearner(
+            make_discriminator("lm", policy),
+            policy,
+            make_config(*planned, f"discriminator.final_lr_fraction={share}"),
+        )
+        for share in (0, 1)
+    }
+    moved = {share: [] for share in made}
+    for share, learner in made.items():
+        for _ in range(7):
+            before = state_of(learner.discriminator)
+            learner.update(TRACES, logp_of(learner, TRACES))
+            now = state_of(learner.discriminator)
+            moved[share].append(max(float((now[n] - before[n]).abs().max()) for n in now))
+    assert moved[0][0] == moved[1][0] > 0  # the first update has the highest rate
+    assert all(a < b for a, b in zip(moved[0][1:], moved[1][1:], strict=True))
+    assert moved[0][5] > 0
+    assert moved[0][6] == 0
+
+
 def logp_of(learner, traces, temperature=1.0):
     return action_logp(learner.policy, traces, 4096, temperature)
 

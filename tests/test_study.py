@@ -240,8 +240,9 @@ def invented(tmp_path):
         if cell.kind == "start":
             good = measured([1.0] * 6, [1.0] * 6, [1.0] * 6, **{"0.5": 0.3})
             other = measured(*draw, **{"0.5": 0.9})  # best on validation, not on test
-            write_result(cell, {"methods": {"base": good, "SFT": good,
-                                            "SFT chosen at T = 1": other}})  # fmt: skip
+            chosen = dict.fromkeys(("greedy", "sampled"), "arithmetic-base")
+            write_result(cell, {"chosen": chosen, "methods": {"base": good, "SFT": good,
+                                "SFT chosen at T = 1": other}})  # fmt: skip
         elif cell.kind == "variant" and (cell.name, cell.seed) != ("GRPO", 2):
             uses = {}
             if cell.name != "GRPO":
@@ -253,6 +254,8 @@ def invented(tmp_path):
                 }  # fmt: skip
             curves = {"valid/pass@1": [[0, 0.1 * cell.seed], [5, 0.5]],
                       "valid/kl": [[0, 0.0], [5, 1.0 + cell.seed]]}  # fmt: skip
+            if cell.name == "GRPO":  # no reward is trained before the policy moves
+                curves = {key: points[1:] for key, points in curves.items()}
             write_result(cell, {"measured": measured(*draw), "curves": curves, **uses})
     return study, cells, tmp_path / "out"
 
@@ -283,6 +286,10 @@ def test_means_spreads_and_differences(invented):
     curve = at["AIRL"].curves["valid/pass@1"]
     assert curve[0] == (0, pytest.approx(0.1), 0.0, pytest.approx(0.2))
     assert at["AIRL"].curves["valid/kl"][1] == (5, 2.0, 1.0, 3.0)
+    # It begins at what was measured of the start, at temperature 1.
+    assert [point[0] for point in at["GRPO"].curves["valid/pass@1"]] == [0, 5]
+    assert at["GRPO"].curves["valid/pass@1"][0][1:] == pytest.approx((0.1, 0.1, 0.1))
+    assert at["GRPO"].curves["valid/kl"][0] == (0, 0.0, 0.0, 0.0)
 
 
 def test_verdicts_follow_the_interval():

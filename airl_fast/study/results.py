@@ -6,13 +6,14 @@ validation problems, before; nothing here chooses anything by the test problems.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import mean, stdev
 from typing import Any
 
 from airl_fast.evaluation import PairedDifference, paired_bootstrap_of_runs
-from airl_fast.study.cells import SAMPLED_SFT, SFT, Cell
+from airl_fast.study.cells import BASE, RESULT, SAMPLED_SFT, SFT, Cell, cell_config
 from airl_fast.study.spec import BEST_SFT, Study
 
 READINGS = {"sampled": "T = 1", "greedy": "greedy", "best": "at its best T"}
@@ -127,13 +128,29 @@ def collect(study: Study, cells: Sequence[Cell]) -> StudyResults:
             row.add(cell.seed, result["measured"])
             if "rerank" in result:
                 row.add_uses(cell.seed, result)
-            curves.setdefault(cell.name, []).append(result["curves"])
+            curves.setdefault(cell.name, []).append(_from_the_start(study, cell, result["curves"]))
     for name, found in curves.items():
         rows["variant", name].curves = _over_seeds(found)
     order = {name: i for i, name in enumerate(study.variants)}
     listed = sorted(rows.items(), key=lambda item: order.get(item[0][1], -1))
     made = [row for _, row in listed]
     return StudyResults(made, _differences(study, rows), seconds)
+
+
+def _from_the_start(
+    study: Study, cell: Cell, curves: dict[str, list[tuple[int, float]]]
+) -> dict[str, list[tuple[int, float]]]:
+    """Curves with a point before the first step: a run that trains no reward begins later.
+
+    The accuracy there was measured with the start, at temperature 1.
+    """
+    points = curves.get("valid/pass@1")
+    if not points or points[0][0] <= 0 or cell_config(study, cell).sampling.temperature != 1:
+        return curves
+    methods = json.loads((cell.needs[0] / RESULT).read_text("utf-8"))["methods"]
+    model = {"greedy": SFT, "sampled": SAMPLED_SFT, "base": BASE}[study.variants[cell.name].init]
+    before = {"valid/pass@1": methods[model]["validation"]["1"], "valid/kl": 0.0}
+    return curves | {key: [(0, before[key]), *curves[key]] for key in before if key in curves}
 
 
 def _add_start(
