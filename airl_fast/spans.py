@@ -100,7 +100,7 @@ def span_offsets(
             f"expected span lengths of 1 or more that sum to the {len(completion)} tokens of the "
             f"completion, received {tuple(span_lengths)}: make them with span_rule"
         )
-    ends = [0, *_character_ends(completion, tokenizer)]
+    ends = [0, *_character_ends(completion, tokenizer, {})]
     return list(pairwise(ends[i] for i in accumulate(span_lengths, initial=0)))
 
 
@@ -125,12 +125,13 @@ def _step_rule(
         )
     else:
         pattern, decoder = _compiled(boundary), tokenizer
+        known: dict[int, str] = {}  # the text of each token alone, once it was seen
 
         def found(ids: Sequence[int]) -> list[int]:
             characters = [m.end() for m in pattern.finditer(decode(ids, decoder)) if m.end()]
             if not characters:
                 return []
-            ends = _character_ends(ids, decoder)
+            ends = _character_ends(ids, decoder, known)
             return sorted({bisect_left(ends, character) + 1 for character in characters})
 
     special = frozenset(() if tokenizer is None else tokenizer.all_special_ids)
@@ -160,10 +161,16 @@ def _compiled(boundary: str) -> re.Pattern[str]:
     return pattern
 
 
-def _character_ends(ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """Return how many characters of the decoded text each token completes, and those before it."""
+def _character_ends(
+    ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase", known: dict[int, str]
+) -> list[int]:
+    """Return how many characters of the decoded text each token completes, and those before it.
+
+    ``known`` takes the text of every token that it lacks.
+    """
     text = decode(ids, tokenizer)
-    alone = [decode([token], tokenizer) for token in ids]
+    known.update((token, decode([token], tokenizer)) for token in set(ids) - known.keys())
+    alone = [known[token] for token in ids]
     pieces = alone if "".join(alone) == text else _incremental(ids, tokenizer)
     if "".join(pieces) != text:
         raise ValueError(
