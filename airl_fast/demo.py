@@ -1,9 +1,10 @@
 """``airl-fast demo``: from imperfect demonstrations to a learned reward, on ``arithmetic``.
 
 A small base model that errs systematically, 600 demonstrations of which 30% are wrong, and 3,000
-prompts without any. Every method starts from the same SFT and is measured on the same held-out
-problems; whatever is chosen (checkpoint, temperature) is chosen on validation problems. Stopped by
-a signal, it goes on when it is started again with the same settings.
+prompts without any. Every method starts from the same SFT, two from the base model itself; all are
+measured on the same held-out problems, and whatever is chosen (checkpoint, temperature) is chosen
+on validation problems. Stopped by a signal, it goes on when it is started again with the same
+settings.
 """
 
 from __future__ import annotations
@@ -47,10 +48,7 @@ class Results:
     settings: dict[str, Any]
     methods: dict[str, Measured]
     chosen: dict[str, str]  # which SFT checkpoints were taken
-    rerank: dict[str, list[float]]
-    locate: dict[str, list[float]]
-    locate_chance: float
-    traces: list[dict[str, Any]]
+    uses: dict[str, Uses]  # of a learned reward, on the samples of what it started from
     seconds: float
 
 
@@ -82,13 +80,10 @@ def run_demo(output_dir: Path, settings: DemoSettings | None = None) -> Results:
         settings={**asdict(settings), "workers": workers},
         methods=methods,
         chosen={"SFT": start, _SAMPLED: sampled},
-        rerank=uses.rerank,
-        locate=uses.locate,
-        locate_chance=uses.chance,
-        traces=uses.traces,
+        uses=uses,
         seconds=time.perf_counter() - started,
     )
-    curves = {name: output_dir / folder for name, (folder, *_) in _METHODS.items()}
+    curves = {name: output_dir / method.folder for name, method in _METHODS.items()}
     write_results(output_dir, results, curves)
     print_results(results, output_dir)
     return results
@@ -96,38 +91,61 @@ def run_demo(output_dir: Path, settings: DemoSettings | None = None) -> Results:
 
 def _run_jobs(
     pool: ProcessPoolExecutor, bars: RunsProgress, output_dir: Path, settings: DemoSettings
-) -> tuple[str, str, dict[str, Measured], Uses]:
-    """The two SFT checkpoints taken, every policy measured, and what the reward is good for."""
+) -> tuple[str, str, dict[str, Measured], dict[str, Uses]]:
+    """The two SFT checkpoints taken, every policy measured, what learned rewards are good for."""
     arms = [
         bars.follow(f"SFT {rate:g}", config, pool.submit(train_sft, config))
         for rate, steps in settings.sft_arms
         for config in [_sft_config(output_dir, settings, rate, steps)]
     ]
     done = {"base": bars.wait("base, measured", pool.submit(_measure, settings, _BASE))}
+
+    def improve(names: Sequence[str], start: str) -> None:
+        for name in names:
+            config = _method_config(output_dir, settings, name, start)
+            done[name] = bars.follow(name, config, pool.submit(_improve, settings, config))
+
+    improve([name for name, method in _METHODS.items() if method.from_base], _BASE)
     start, sampled = _choose_sft(output_dir, [arm.result() for arm in arms])
-    for name in _METHODS:
-        config = _method_config(output_dir, settings, name, start)
-        done[name] = bars.follow(name, config, pool.submit(_improve, settings, config))
+    improve([name for name, method in _METHODS.items() if not method.from_base], start)
     for name, model in {"SFT": start, _SAMPLED: sampled}.items():
         done[name] = bars.wait(f"{name}, measured", pool.submit(_measure, settings, model))
-    done["AIRL"].result()
+    uses = {}
+    for name, model in {AIRL_BASE: _BASE, AIRL: start}.items():
+        done[name].result()
+        reward = output_dir / _METHODS[name].folder / "reward"
+        job = pool.submit(_use_reward, settings, model, reward)
+        uses[name] = bars.wait(f"{name}: reranking and locating", job)
     for part in ("policy", "reward"):
         with whole_folder(output_dir / part) as made:
             shutil.copytree(output_dir / "airl" / part, made, dirs_exist_ok=True)
-    job = pool.submit(_use_reward, settings, start, str(output_dir))
-    uses = bars.wait("reranking and locating", job)
     order = ("base", "SFT", _SAMPLED, *_METHODS)
-    return start, sampled, {name: done[name].result() for name in order}, uses.result()
+    found = {name: uses[name].result() for name in (AIRL, AIRL_BASE)}
+    return start, sampled, {name: done[name].result() for name in order}, found
 
 
 # Jobs: each runs in a worker process on one thread
 
 _BASE = "arithmetic-base"
 _SAMPLED = "SFT chosen at T = 1"
-_METHODS: dict[str, tuple[str, ...]] = {  # name: folder, and how it differs from the recipe
-    "AIRL": ("airl",),
-    "AIRL, f frozen": ("frozen", "algorithm.frozen_discriminator=true"),
-    "GRPO, true outcome": ("grpo", "algorithm.name=grpo"),
+AIRL, FROZEN, GRPO = "AIRL", "AIRL, f frozen", "GRPO, true outcome"
+AIRL_BASE, FROZEN_BASE = "AIRL from the base", "f frozen from the base"
+
+
+@dataclass(frozen=True)
+class _Method:
+    folder: str
+    overrides: tuple[str, ...] = ()  # how it differs from the recipe
+    from_base: bool = False  # rather than from the SFT
+
+
+_FREEZE = ("algorithm.frozen_discriminator=true",)
+_METHODS = {
+    AIRL: _Method("airl"),
+    FROZEN: _Method("frozen", _FREEZE),
+    GRPO: _Method("grpo", ("algorithm.name=grpo",)),
+    AIRL_BASE: _Method("airl-base", from_base=True),
+    FROZEN_BASE: _Method("frozen-base", _FREEZE, from_base=True),
 }
 
 
@@ -150,8 +168,9 @@ def _sft_config(output_dir: Path, settings: DemoSettings, rate: float, steps: in
 
 
 def _method_config(output_dir: Path, settings: DemoSettings, name: str, start: str) -> RunConfig:
-    folder, *variant = _METHODS[name]
-    return _config(output_dir / folder, settings, f"policy.model={start}", *variant)
+    method = _METHODS[name]
+    model = f"policy.model={start}"
+    return _config(output_dir / method.folder, settings, model, *method.overrides)
 
 
 def _choose_sft(
@@ -164,7 +183,7 @@ def _choose_sft(
 
 
 def _improve(settings: DemoSettings, config: RunConfig) -> Measured:
-    """Train one method from the SFT, and measure it."""
+    """Train one method from its start, and measure it."""
     trainer = jobs.train(config)
     return _measure(settings, str(trainer.folder.policy))
 
@@ -174,7 +193,6 @@ def _measure(settings: DemoSettings, model: str) -> Measured:
     return measure(model, config, temperatures=TEMPERATURES, samples=settings.samples)
 
 
-def _use_reward(settings: DemoSettings, start: str, output_dir: str) -> Uses:
+def _use_reward(settings: DemoSettings, start: str, reward: Path) -> Uses:
     config = _config(Path(), settings)
-    reward = Path(output_dir) / "reward"
     return use_reward(reward, start, config, samples=settings.rerank_samples)

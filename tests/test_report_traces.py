@@ -290,29 +290,36 @@ def test_scores_alone_make_a_report(tmp_path):
 
 
 def test_the_demo_writes_its_report(tmp_path):
-    from airl_fast.demo import DemoSettings, Measured, Results
+    from airl_fast.demo import AIRL, AIRL_BASE, FROZEN, FROZEN_BASE, GRPO, DemoSettings, Results
     from airl_fast.demo_report import write_results
+    from airl_fast.measuring import Measured
+    from airl_fast.reward_uses import Uses
 
-    names = ("SFT", "AIRL", "AIRL, f frozen", "GRPO, true outcome")
+    names = ("SFT", AIRL, FROZEN, GRPO, AIRL_BASE, FROZEN_BASE)
     method = Measured(temperature=1.0, sampled=[1.0, 0.0], greedy=[1.0, 0.0], best=[1.0, 0.0])
     ways = ("random pick", "majority vote", "log pi", "f", "oracle")
+    uses = Uses(
+        rerank={way: [1.0, 0.0] for way in ways},
+        auc={},
+        locate={"log pi": [0.0, 1.0], "f": [1.0, 1.0]},
+        chance=0.25,
+        traces=[{"prompt": "2+3=", "spans": ["2+3=6;", "6+1=7;", "#7."], "f": [-3.0, 1.0, -9.0],
+                 "error": 0}],
+    )  # fmt: skip
     results = Results(
         settings=asdict(DemoSettings()),
         methods=dict.fromkeys(names, method),
         chosen={},
-        rerank={way: [1.0, 0.0] for way in ways},
-        locate={"log pi": [0.0, 1.0], "f": [1.0, 1.0]},
-        locate_chance=0.25,
-        traces=[{"prompt": "2+3=", "spans": ["2+3=6;", "6+1=7;", "#7."], "f": [-3.0, 1.0, -9.0],
-                 "error": 0}],
+        uses={AIRL: uses, AIRL_BASE: uses},
         seconds=1.0,
-    )  # fmt: skip
+    )
     run = jsonl(tmp_path / "metrics.jsonl", [{"step": 1, "phase": "policy", "valid/pass@1": 0.5}])
     (tmp_path / "out").mkdir()
     write_results(tmp_path / "out", results, {"AIRL": run.parent})
     text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert '"error":0,"located":0' in text  # the span that repeats the answer is no step
     assert "Learning curves" in text
+    assert "Picking one of 16 samples of the base" in text
 
 
 def test_a_report_is_written_whole_or_not_at_all(tmp_path):
