@@ -24,7 +24,7 @@ def load_policy(config: RunConfig, device: torch.device | None = None) -> Policy
     return Policy.from_pretrained(
         policy.model,
         gguf_file=policy.gguf_file,
-        dtype=getattr(torch, policy.dtype),
+        dtype=getattr(torch, policy.dtype) if policy.dtype else None,
         lora_rank=policy.lora_rank,
         lora_alpha=policy.lora_alpha,
         device=device or config.run.device or ("cuda" if torch.cuda.is_available() else "cpu"),

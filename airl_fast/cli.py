@@ -147,6 +147,8 @@ def _parser() -> argparse.ArgumentParser:
 def _add_study(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("study", metavar="NAME|FILE.yaml", nargs="?", help="without one: what there is")
+    add("overrides", nargs="*", metavar="section.key=value",
+        help="after the file's own, before those of its starts and variants")  # fmt: skip
     add("--output-dir", type=Path, metavar="DIR", help="default: runs/study-NAME")
     add("--seeds", type=int, nargs="+", metavar="N", help="instead of the file's")
     add("--jobs", type=int, default=1, metavar="N",

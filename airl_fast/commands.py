@@ -48,7 +48,7 @@ def study(arguments: argparse.Namespace) -> int:
     _hush()
     folder = arguments.output_dir or Path("runs") / f"study-{Path(arguments.study).stem}"
     seeds = {} if arguments.seeds is None else {"seeds": arguments.seeds}
-    options = {"workers": arguments.jobs, "page": arguments.page}
+    options = {"workers": arguments.jobs, "page": arguments.page, "overrides": arguments.overrides}
     try:
         failed = run_study(arguments.study, folder, **options, **seeds)
     except StoppedError as stopped:

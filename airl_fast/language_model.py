@@ -20,6 +20,7 @@ from airl_fast.attention import (
 )
 from airl_fast.distributed import Shards, World, gathered
 from airl_fast.fused import fuse
+from airl_fast.lora import fuse_adapters
 from airl_fast.ops.linear_logprob import linear_logprob
 from airl_fast.packing import PackedBatch
 
@@ -76,6 +77,7 @@ class LanguageModel(nn.Module):
         self.adapter = adapter
         enable_packed_attention(self.causal_lm)
         fuse(self.causal_lm)
+        fuse_adapters(self.causal_lm)
         self._check_head()
 
     @property

@@ -96,16 +96,17 @@ def load_saved(
     directory: Path,
     description: dict[str, Any],
     *,
+    dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
 ) -> LanguageModel:
-    """Load what ``LanguageModel.save`` wrote, with the same bits.
+    """Load what ``LanguageModel.save`` wrote, with the same bits unless ``dtype`` is another.
 
     Raises:
         ValueError: the description is none; or it asks for code of a repository, which neither
             ``trust_remote_code`` nor AIRL_FAST_TRUST_REMOTE_CODE=1 allows.
     """
-    adapter, dtype = description.get("adapter"), saved_dtype(directory, description)
+    adapter, dtype = description.get("adapter"), dtype or saved_dtype(directory, description)
     if adapter is None:
         return load_language_model(Origin(model=str(directory)), dtype=dtype, device=device)
     from peft import PeftModel

@@ -42,7 +42,7 @@ class Policy(LanguageModel):
         name: str | Path,
         *,
         gguf_file: str | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
         lora_rank: int = 0,
         lora_alpha: int = 16,
         trust_remote_code: bool = False,
@@ -53,7 +53,7 @@ class Policy(LanguageModel):
         Args:
             name: hub name, local folder, or "arithmetic-base".
             gguf_file: a GGUF file inside it, dequantised on loading (needs the gguf extra).
-            dtype: of the weights; a folder written by ``save`` keeps its own.
+            dtype: of the weights; None: that of a folder written by ``save``, float32 of others.
             lora_rank: train an adapter of this rank; 0 trains all weights, or the adapter that a
                 saved policy has.
             lora_alpha: LoRA's scale times its rank.
@@ -66,9 +66,15 @@ class Policy(LanguageModel):
         saved = None
         if (Path(name) / METADATA).is_file():
             saved = read_metadata(Path(name), "policy")
-            dtype = saved_dtype(Path(name), saved)
+            dtype = dtype or saved_dtype(Path(name), saved)
         if saved and (saved.get("adapter") or not lora_rank):
-            body = load_saved(Path(name), saved, device=device, trust_remote_code=trust_remote_code)
+            body = load_saved(
+                Path(name),
+                saved,
+                dtype=dtype,
+                device=device,
+                trust_remote_code=trust_remote_code,
+            )
             rank = body.model.peft_config[body.adapter].r if body.adapter else 0
             if lora_rank and rank != lora_rank:
                 raise ValueError(
@@ -78,7 +84,7 @@ class Policy(LanguageModel):
         else:
             body = load_language_model(
                 Origin(model=str(name), gguf_file=gguf_file, trust_remote_code=trust_remote_code),
-                dtype=dtype,
+                dtype=dtype or torch.float32,
                 lora_rank=lora_rank,
                 lora_alpha=lora_alpha,
                 device=device,

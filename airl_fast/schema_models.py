@@ -17,8 +17,10 @@ class PolicyConfig:
         "ship with the package",
     )
     gguf_file: str | None = Field(default=None, description="GGUF file inside policy.model")
-    dtype: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="weights and activations; logits are always float32"
+    dtype: Literal["float32", "bfloat16"] | None = Field(
+        default=None,
+        description="weights and activations, logits are always float32; null: float32, or that "
+        "of a policy that was saved",
     )
     lora_rank: Int = Field(default=0, ge=0, description="rank of the adapters; 0: full weights")
     lora_alpha: Int = Field(default=16, ge=1, description="scale of the adapters")
@@ -118,10 +120,11 @@ class DiscriminatorConfig:
     perturbed_per_update: Int = Field(
         default=64, ge=0, description="corrupted demonstrations in an update, as negatives"
     )
-    perturbations: tuple[Literal["corrupt", "digit", "swap", "drop"], ...] = Field(
+    perturbations: tuple[Literal["corrupt", "digit", "number", "swap", "drop"], ...] = Field(
         default=("corrupt", "digit", "swap", "drop"),
         min_length=1,
-        description="how: plant a wrong step, change a digit, swap two steps, drop one",
+        description="how: plant a wrong step, change a digit, put another of the trace's numbers "
+        "in the place of one, swap two steps, drop one",
     )
     span_logp: Literal["sum", "mean"] = Field(
         default="sum", description="log pi (and the lm head's f) of a span from its tokens'"

@@ -41,7 +41,7 @@ class Watches:
     def __init__(self, config: RunConfig, demonstrated_length: float | None) -> None:
         self.config = config.guards
         self.demonstrated_length = demonstrated_length
-        mismatch = {"float32": 0.01, "bfloat16": 0.5}[config.policy.dtype]
+        mismatch = 0.5 if config.policy.dtype == "bfloat16" else 0.01
         self.tolerance = self.config.mismatch_tolerance or mismatch
         self.first_entropy: float | None = None
         looks: dict[str, Callable[[Mapping[str, Any]], Finding | None]] = {

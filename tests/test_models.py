@@ -414,6 +414,17 @@ def test_the_fused_score_reads_the_policys_trunk(folder):
 # To disk and back
 
 
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_saved_policy_takes_another_dtype_where_one_is_asked_for(folder, tmp_path, rank):
+    Policy.from_pretrained(folder, lora_rank=rank).save(tmp_path / "saved")
+    assert Policy.from_pretrained(tmp_path / "saved").head.weight.dtype == torch.float32
+    for more in (0, 4):
+        policy = Policy.from_pretrained(
+            tmp_path / "saved", dtype=torch.bfloat16, lora_rank=more or rank
+        )
+        assert policy.head.weight.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("rank", [0, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_policy_comes_back_with_the_same_bits(folder, tmp_path, rank, dtype):

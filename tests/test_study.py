@@ -152,6 +152,21 @@ def test_a_wrong_file_is_refused_before_anything_is_run(pairs, message, tmp_path
         load_study(source)
 
 
+def test_overrides_of_the_command_come_after_the_file_and_before_starts_and_variants(
+    tmp_path, capsys
+):
+    source = made(
+        tmp_path, changed(("  arithmetic:", "  arithmetic:\n    overrides: [task.test=5]"))
+    )
+    study = load_study(source, None, ["run.steps=4", "task.test=9", "policy.model=a-folder"])
+    config = study.config(0, tmp_path, "arithmetic")
+    assert (config.run.steps, config.task.test, config.policy.model) == (4, 5, "a-folder")
+    for wrong, message in (("run.stepz=4", "did you mean run.steps"), ("run.seed=4", "remove it")):
+        assert cli.main(["study", source, wrong, "--output-dir", str(tmp_path / "out")]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_name_that_is_none_is_told_what_there_is():
     with pytest.raises(ConfigError, match="countdown-transfer"):
         load_study("nothing")

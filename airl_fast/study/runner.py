@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
@@ -21,7 +22,13 @@ _FAILED = "error.txt"  # in a cell's folder, until it is done
 
 
 def run_study(
-    source: str, output_dir: Path, *, workers: int = 1, page: Path | None = None, **changes: Any
+    source: str,
+    output_dir: Path,
+    *,
+    workers: int = 1,
+    page: Path | None = None,
+    overrides: Sequence[str] = (),
+    **changes: Any,
 ) -> dict[str, str]:
     """Run a study, or what is left of it, and write results.json, results.md and report.html.
 
@@ -30,6 +37,7 @@ def run_study(
         output_dir: a new or empty folder, or one of the same study.
         workers: processes, each on one thread.
         page: where the Markdown page goes too, with its plots in a folder of its name beside it.
+        overrides: ``section.key=value`` after those of the file, before its starts' and variants'.
         **changes: fields of the study to replace, such as ``seeds``.
 
     Returns:
@@ -42,7 +50,7 @@ def run_study(
     from airl_fast.study.page import write_page
     from airl_fast.study.results import collect
 
-    study = load_study(source, changes)
+    study = load_study(source, changes, overrides)
     if workers < 1:
         raise ValueError(f"expected 1 worker process or more, received {workers}")
     if page is not None and find_spec("matplotlib") is None:

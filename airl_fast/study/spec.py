@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -188,12 +189,15 @@ def description(text: str) -> str:
     return " ".join(line.lstrip("#").strip() for line in head).strip()
 
 
-def load_study(source: str, changes: Mapping[str, Any] | None = None) -> Study:
+def load_study(
+    source: str, changes: Mapping[str, Any] | None = None, overrides: Sequence[str] = ()
+) -> Study:
     """Read a study and check it, with the configuration of every run in it.
 
     Args:
         source: the name of one that ships with the package (``studies``), or a YAML file.
         changes: fields to replace, such as ``seeds``.
+        overrides: ``section.key=value`` for every run, after those of the file.
 
     Raises:
         ConfigError: it is none; what is wrong is named with its place.
@@ -216,6 +220,7 @@ def load_study(source: str, changes: Mapping[str, Any] | None = None) -> Study:
         study = Study(**{**tree, **(changes or {})})
     except ValidationError as error:
         raise ConfigError(f"{source}: {_explain(error)}") from None
+    study = replace(study, overrides=(*study.overrides, *overrides))
     _check_runs(source, study)
     return study
 
