@@ -1,10 +1,10 @@
 """``airl-fast demo``: from imperfect demonstrations to a learned reward, on ``arithmetic``.
 
-A small base model that errs systematically, 600 demonstrations of which 30% are wrong, and 3,000
-prompts without any. Every method starts from the same SFT, two from the base model itself; all are
-measured on the same held-out problems, and whatever is chosen (checkpoint, temperature) is chosen
-on validation problems. Stopped by a signal, it goes on when it is started again with the same
-settings.
+A small base model that errs systematically, 150 demonstrations of which half are wrong, and 3,000
+prompts without any. AIRL and the controls start from the base, SFT and a control from it have the
+same demonstrations; all are measured on the same held-out problems, and whatever is chosen
+(checkpoint, temperature) is chosen on validation problems. Stopped by a signal, it goes on when it
+is started again with the same settings.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class DemoSettings:
     """How much the demo does. ``overrides`` go to every run's configuration."""
 
     seed: int = 0
-    sft_arms: tuple[tuple[float, int], ...] = ((2e-4, 240), (1e-3, 700))  # learning rate, steps
+    sft_arms: tuple[tuple[float, int], ...] = ((5e-5, 240), (2e-4, 240), (1e-3, 700))  # rate, steps
     sft_checkpoints: int = 6
     samples: int = 8  # of each test problem, for pass@1
     rerank_samples: int = 16
@@ -48,7 +48,7 @@ class Results:
     settings: dict[str, Any]
     methods: dict[str, Measured]
     chosen: dict[str, str]  # which SFT checkpoints were taken
-    uses: dict[str, Uses]  # of a learned reward, on the samples of what it started from
+    uses: Uses  # of the learned reward, on samples of the base
     seconds: float
 
 
@@ -91,8 +91,8 @@ def run_demo(output_dir: Path, settings: DemoSettings | None = None) -> Results:
 
 def _run_jobs(
     pool: ProcessPoolExecutor, bars: RunsProgress, output_dir: Path, settings: DemoSettings
-) -> tuple[str, str, dict[str, Measured], dict[str, Uses]]:
-    """The two SFT checkpoints taken, every policy measured, what learned rewards are good for."""
+) -> tuple[str, str, dict[str, Measured], Uses]:
+    """The two SFT checkpoints taken, every policy measured, what the reward is good for."""
     arms = [
         bars.follow(f"SFT {rate:g}", config, pool.submit(train_sft, config))
         for rate, steps in settings.sft_arms
@@ -105,22 +105,19 @@ def _run_jobs(
             config = _method_config(output_dir, settings, name, start)
             done[name] = bars.follow(name, config, pool.submit(_improve, settings, config))
 
-    improve([name for name, method in _METHODS.items() if method.from_base], _BASE)
+    improve([name for name, method in _METHODS.items() if not method.from_sft], _BASE)
     start, sampled = _choose_sft(output_dir, [arm.result() for arm in arms])
-    improve([name for name, method in _METHODS.items() if not method.from_base], start)
+    improve([name for name, method in _METHODS.items() if method.from_sft], start)
     for name, model in {"SFT": start, _SAMPLED: sampled}.items():
         done[name] = bars.wait(f"{name}, measured", pool.submit(_measure, settings, model))
-    uses = {}
-    for name, model in {AIRL_BASE: _BASE, AIRL: start}.items():
-        done[name].result()
-        reward = output_dir / _METHODS[name].folder / "reward"
-        job = pool.submit(_use_reward, settings, model, reward)
-        uses[name] = bars.wait(f"{name}: reranking and locating", job)
+    done[AIRL].result()
+    job = pool.submit(_use_reward, settings, _BASE, output_dir / _METHODS[AIRL].folder / "reward")
+    uses = bars.wait("reranking and locating", job)
     for part in ("policy", "reward"):
         with whole_folder(output_dir / part) as made:
             shutil.copytree(output_dir / "airl" / part, made, dirs_exist_ok=True)
-    order = ("base", "SFT", _SAMPLED, *_METHODS)
-    found = {name: uses[name].result() for name in (AIRL, AIRL_BASE)}
+    order = ("base", *_METHODS, "SFT", _SAMPLED)
+    found: Uses = uses.result()
     return start, sampled, {name: done[name].result() for name in order}, found
 
 
@@ -129,23 +126,22 @@ def _run_jobs(
 _BASE = "arithmetic-base"
 _SAMPLED = "SFT chosen at T = 1"
 AIRL, FROZEN, GRPO = "AIRL", "AIRL, f frozen", "GRPO, true outcome"
-AIRL_BASE, FROZEN_BASE = "AIRL from the base", "f frozen from the base"
+SHARPENED = "SFT, then its log pi as the reward"
 
 
 @dataclass(frozen=True)
 class _Method:
     folder: str
     overrides: tuple[str, ...] = ()  # how it differs from the recipe
-    from_base: bool = False  # rather than from the SFT
+    from_sft: bool = False  # rather than from the base
 
 
-_FREEZE = ("algorithm.frozen_discriminator=true",)
+_FREEZE = "algorithm.frozen_discriminator=true"
 _METHODS = {
     AIRL: _Method("airl"),
-    FROZEN: _Method("frozen", _FREEZE),
+    FROZEN: _Method("frozen", (_FREEZE,)),
     GRPO: _Method("grpo", ("algorithm.name=grpo",)),
-    AIRL_BASE: _Method("airl-base", from_base=True),
-    FROZEN_BASE: _Method("frozen-base", _FREEZE, from_base=True),
+    SHARPENED: _Method("sharpened", (_FREEZE, "algorithm.reward=f"), from_sft=True),
 }
 
 
@@ -155,7 +151,7 @@ def _config(folder: Path, settings: DemoSettings, *overrides: str) -> RunConfig:
         f"run.seed={settings.seed}",
         f"task.seed={settings.seed}",
         "run.threads=1",
-        "run.eval_every=10",
+        "run.eval_every=15",
         "run.eval_samples=2",
         "algorithm.sft_warmup=0",
     )
@@ -176,7 +172,7 @@ def _method_config(output_dir: Path, settings: DemoSettings, name: str, start: s
 def _choose_sft(
     output_dir: Path, arms: Sequence[dict[str, tuple[float, float]]]
 ) -> tuple[str, str]:
-    """Where every method starts, and the SFT chosen at T = 1."""
+    """The best SFT decoded greedily, and the one chosen at T = 1."""
     scores = {folder: score for arm in arms for folder, score in arm.items()}
     (output_dir / "sft.json").write_text(json.dumps(scores, indent=2))
     return choose_sft(scores)

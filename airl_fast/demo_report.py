@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from airl_fast.demo import AIRL, AIRL_BASE, FROZEN, FROZEN_BASE, GRPO
+from airl_fast.demo import AIRL, FROZEN, GRPO, SHARPENED
 from airl_fast.evaluation import bootstrap_interval, paired_bootstrap
 from airl_fast.report import (
     Cell,
@@ -53,66 +53,51 @@ def tables(results: Results) -> list[Table]:
         for name, m in results.methods.items()
     ]
     count = results.settings["rerank_samples"]
-    made = [
+    located: list[Cell] = ["chance", results.uses.chance]
+    return [
         Table(
             title="Accuracy on held-out problems",
             columns=("policy", "pass@1, T = 1", "greedy", "at its best T", "best T"),
             rows=policies,
             note=_NOTE,
-        )
+        ),
+        Table(
+            title=f"Picking one of {count} samples of the base",
+            columns=("by", "accuracy"),
+            rows=rows(results.uses.rerank),
+            note="f is the reward of AIRL, log pi that of the base; the oracle picks a right one "
+            "if there is one.",
+        ),
+        Table(
+            title="Lowest-scoring step is the planted error",
+            columns=("by", "accuracy"),
+            rows=[located, *rows(results.uses.locate)],
+            note="One digit of one of the four steps is wrong, and carried through the rest.",
+        ),
     ]
-    for name, uses in results.uses.items():
-        start = "base" if name == AIRL_BASE else "SFT"
-        located: list[Cell] = ["chance", uses.chance]
-        made += [
-            Table(
-                title=f"Picking one of {count} samples of the {start}",
-                columns=("by", "accuracy"),
-                rows=rows(uses.rerank),
-                note=f"f is the reward of {name}, log pi that of the {start}; the oracle picks a "
-                "right one if there is one.",
-            ),
-            Table(
-                title=f"Lowest-scoring step is the planted error: {name}",
-                columns=("by", "accuracy"),
-                rows=[located, *rows(uses.locate)],
-                note="One digit of one of the four steps is wrong, and carried through the rest.",
-            ),
-        ]
-    return made
 
 
 def conclusions(results: Results) -> list[str]:
     """What holds on these test problems and what does not, each with its difference."""
     methods = results.methods
-    airl, sft = methods[AIRL], methods["SFT"]
-    from_base, frozen_base = methods[AIRL_BASE], methods[FROZEN_BASE]
-    every_sft = [m for name, m in methods.items() if name.startswith("SFT")]
-    best_sft = max(every_sft, key=lambda m: sum(m.best))
-    frozen, grpo = methods[FROZEN], methods[GRPO]
-    rerank, locate = results.uses[AIRL].rerank, results.uses[AIRL].locate
-    rerank_base, locate_base = results.uses[AIRL_BASE].rerank, results.uses[AIRL_BASE].locate
+    airl, frozen, grpo, sharpened = (methods[name] for name in (AIRL, FROZEN, GRPO, SHARPENED))
+    every_sft = [m for name, m in methods.items() if name in results.chosen]
+    sft = max(every_sft, key=lambda m: max(m.validation.values()))
+    rerank, locate = results.uses.rerank, results.uses.locate
     claims = [
-        ("AIRL beats the SFT that it started from (T = 1)", airl.sampled, sft.sampled),
-        ("AIRL beats the best SFT, each at its best temperature", airl.best, best_sft.best),
-        ("from the SFT, training the reward adversarially beats the same reward frozen (T = 1)",
+        ("AIRL beats the best SFT, each at its best temperature", airl.best, sft.best),
+        ("AIRL beats the best SFT (T = 1)", airl.sampled, sft.sampled),
+        ("training the reward adversarially beats the same reward frozen (T = 1)",
          airl.sampled, frozen.sampled),
-        ("from the base, training the reward adversarially beats the same reward frozen (T = 1)",
-         from_base.sampled, frozen_base.sampled),
-        ("AIRL from the base beats the best SFT, each at its best temperature",
-         from_base.best, best_sft.best),
-        ("the learned reward trains better than the true outcome (GRPO, T = 1)",
-         airl.sampled, grpo.sampled),
-        ("f picks better samples of the SFT than majority vote",
-         rerank["f"], rerank["majority vote"]),
-        ("f picks better samples of the SFT than log pi", rerank["f"], rerank["log pi"]),
+        ("the learned reward trains better than the true outcome (GRPO), each at its best "
+         "temperature", airl.best, grpo.best),
+        ("AIRL beats the SFT whose own log pi was its reward, each at its best temperature",
+         airl.best, sharpened.best),
         ("f picks better samples of the base than majority vote",
-         rerank_base["f"], rerank_base["majority vote"]),
-        ("f picks better samples of the base than log pi", rerank_base["f"], rerank_base["log pi"]),
-        ("f finds the planted error more often than the SFT's log pi",
+         rerank["f"], rerank["majority vote"]),
+        ("f picks better samples of the base than log pi", rerank["f"], rerank["log pi"]),
+        ("f finds the planted error more often than the base's log pi",
          locate["f"], locate["log pi"]),
-        ("f, from the base, finds the planted error more often than the base's log pi",
-         locate_base["f"], locate_base["log pi"]),
     ]  # fmt: skip
     return [_verdict(claim, a, b, results.settings["seed"]) for claim, a, b in claims]
 
@@ -135,10 +120,10 @@ def write_results(output_dir: Path, results: Results, runs: Mapping[str, Path]) 
     (output_dir / "metrics.json").write_text(
         json.dumps({**asdict(results), "conclusions": found}, indent=1)
     )
-    accuracy, ranking, locating, ranking_base, locating_base = tables(results)
+    accuracy, ranking, locating = tables(results)
     traces = TraceSet(
         title="f of each step of correct traces with one planted error",
-        traces=[_view(trace, i) for i, trace in enumerate(results.uses[AIRL].traces, start=1)],
+        traces=[_view(trace, i) for i, trace in enumerate(results.uses.traces, start=1)],
     )
     write_report(
         output_dir / "report.html",
@@ -147,11 +132,8 @@ def write_results(output_dir: Path, results: Results, runs: Mapping[str, Path]) 
             Section(title="What was found", text=found),
             Section(title="Policies", items=[accuracy]),
             Section(title="Learning curves", items=_charts(runs)),
-            Section(title="The reward as a reranker", items=[ranking, ranking_base]),
-            Section(
-                title="The reward as a finder of errors",
-                items=[locating, locating_base, traces],
-            ),
+            Section(title="The reward as a reranker", items=[ranking]),
+            Section(title="The reward as a finder of errors", items=[locating, traces]),
         ],
     )
 

@@ -157,7 +157,11 @@ def test_a_correct_run_never_trips(seed, name, tmp_path):
 
 
 VARIANTS = {
-    "wgan": ["discriminator.logit=wgan", "discriminator.label_smoothing=0"],
+    "wgan": [
+        "discriminator.logit=wgan",
+        "discriminator.label_smoothing=0",
+        "algorithm.reward=f",
+    ],
     "logit-f": ["discriminator.logit=f", "discriminator.span_logp=mean"],
     "score": ["discriminator.head=score", "discriminator.shaping=true"],
     "policy-trunk": ["discriminator.head=score", "discriminator.trunk=policy"],

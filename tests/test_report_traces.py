@@ -290,13 +290,19 @@ def test_scores_alone_make_a_report(tmp_path):
 
 
 def test_the_demo_writes_its_report(tmp_path):
-    from airl_fast.demo import AIRL, AIRL_BASE, FROZEN, FROZEN_BASE, GRPO, DemoSettings, Results
+    from airl_fast.demo import AIRL, FROZEN, GRPO, SHARPENED, DemoSettings, Results
     from airl_fast.demo_report import write_results
     from airl_fast.measuring import Measured
     from airl_fast.reward_uses import Uses
 
-    names = ("SFT", AIRL, FROZEN, GRPO, AIRL_BASE, FROZEN_BASE)
-    method = Measured(temperature=1.0, sampled=[1.0, 0.0], greedy=[1.0, 0.0], best=[1.0, 0.0])
+    names = ("SFT", AIRL, FROZEN, GRPO, SHARPENED)
+    method = Measured(
+        temperature=1.0,
+        sampled=[1.0, 0.0],
+        greedy=[1.0, 0.0],
+        best=[1.0, 0.0],
+        validation={"1": 0.5},
+    )
     ways = ("random pick", "majority vote", "log pi", "f", "oracle")
     uses = Uses(
         rerank={way: [1.0, 0.0] for way in ways},
@@ -309,8 +315,8 @@ def test_the_demo_writes_its_report(tmp_path):
     results = Results(
         settings=asdict(DemoSettings()),
         methods=dict.fromkeys(names, method),
-        chosen={},
-        uses={AIRL: uses, AIRL_BASE: uses},
+        chosen={"SFT": "a folder"},
+        uses=uses,
         seconds=1.0,
     )
     run = jsonl(tmp_path / "metrics.jsonl", [{"step": 1, "phase": "policy", "valid/pass@1": 0.5}])

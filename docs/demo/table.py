@@ -27,18 +27,14 @@ def main(folders: list[str]) -> None:
         columns = [cell([mean(m[key]) for m in having]) for key in ("sampled", "greedy", "best")]
         print(f"| {name} | {' | '.join(columns)} |")
     samples = runs[0]["settings"]["rerank_samples"]
-    for name in runs[0]["uses"]:
-        used = [run["uses"][name] for run in runs]
-        start = "base" if name.endswith("base") else "SFT"
-        print(f"\n| picking one of {samples} samples of the {start} by | accuracy |")
-        print("| --- | --- |")
-        for way in used[0]["rerank"]:
-            print(f"| {way} | {cell([mean(uses['rerank'][way]) for uses in used])} |")
-        print(f"\n| lowest-scoring step is the planted error, {name}, by | accuracy |")
-        print("| --- | --- |")
-        print(f"| chance | {mean([uses['chance'] for uses in used]):.3f} |")
-        for way in used[0]["locate"]:
-            print(f"| {way} | {cell([mean(uses['locate'][way]) for uses in used])} |")
+    used = [run["uses"] for run in runs]
+    print(f"\n| picking one of {samples} samples of the base by | accuracy |\n| --- | --- |")
+    for way in used[0]["rerank"]:
+        print(f"| {way} | {cell([mean(uses['rerank'][way]) for uses in used])} |")
+    print("\n| lowest-scoring step is the planted error, by | accuracy |\n| --- | --- |")
+    print(f"| chance | {mean([uses['chance'] for uses in used]):.3f} |")
+    for way in used[0]["locate"]:
+        print(f"| {way} | {cell([mean(uses['locate'][way]) for uses in used])} |")
     print("\nSeeds:", ", ".join(str(run["settings"]["seed"]) for run in runs))
     print("Seconds:", ", ".join(f"{run['seconds']:.0f}" for run in runs))
 
