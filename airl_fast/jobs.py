@@ -97,6 +97,23 @@ def train(config: RunConfig) -> Trainer:
     return trainer
 
 
+def _settings(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text("utf-8"))
+    except ValueError:
+        found = None
+    return found if isinstance(found, dict) else {}
+
+
+def _differences(found: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[str]:
+    for key in sorted(found.keys() | settings.keys()):
+        one, other = found.get(key), settings.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            yield from (f"{key}.{rest}" for rest in _differences(one, other))
+        elif one != other:
+            yield f"{key}={json.dumps(one)}"
+
+
 def open_folder(folder: Path, settings: Mapping[str, Any], what: str) -> None:
     """Make the folder of a demo or study, or take up one that was made with the same settings.
 
@@ -113,10 +130,10 @@ def open_folder(folder: Path, settings: Mapping[str, Any], what: str) -> None:
     if folder.exists() and any(folder.iterdir()):
         if not file.is_file():
             raise ValueError(f"{folder} is not empty: choose another --output-dir or delete it")
-        if file.read_text("utf-8") != text:
+        if differences := list(_differences(_settings(file), json.loads(text))):
             raise ValueError(
-                f"{folder} holds a {what} of other settings, {file.read_text('utf-8').strip()}: "
-                "give them again to go on with it, or choose another --output-dir"
+                f"{folder} holds a {what} of other settings, {', '.join(differences)}: give them "
+                "again to go on with it, or choose another --output-dir"
             )
     with explained(str(folder)):
         make_folder(folder)

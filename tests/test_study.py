@@ -381,7 +381,7 @@ def test_a_failing_cell_takes_along_only_those_that_need_it(tmp_path, capsys):
     assert cli.main(["study", source, *options]) == 1
     assert "5 cells, 3 of them done" in capsys.readouterr().out
     assert cli.main(["study", source, *options, "--seeds", "1"]) == 2
-    assert "holds a study of other settings" in capsys.readouterr().err
+    assert "holds a study of other settings, seeds=[0]: give them again" in capsys.readouterr().err
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
