@@ -60,7 +60,7 @@ class RunFolder:
             ValueError: the folder holds a run that ``run.resume`` forbids to continue, or one of
                 another configuration (the keys are named), or none where one must be; or metrics
                 of finished steps are gone. More steps are another configuration unless
-                policy.final_lr_fraction=1.
+                the rates of policy and discriminator are constant (final_lr_fraction=1).
             WriteError: the folder cannot be written to.
             CheckpointError: there are checkpoints and all of them are damaged.
         """
@@ -195,7 +195,10 @@ class RunFolder:
     def _check_same(self, saved: dict[str, Any]) -> None:
         now = _jsonable(asdict(self.config))
         # A cosine depends on where it ends: the steps already made would have been others.
-        constant = self.config.policy.final_lr_fraction == 1
+        rates = [self.config.policy.final_lr_fraction]
+        if self.config.algorithm.name == "airl":
+            rates.append(self.config.discriminator.final_lr_fraction)
+        constant = all(rate == 1 for rate in rates)
         free = _FREE | {"steps"} if constant else _FREE
         changed = [
             f"{section}.{key} ({shown(before.get(key))} -> {value!r})"

@@ -81,7 +81,14 @@ TRACES = make_traces()
 
 def make_config(*overrides):
     return load_config(
-        "arithmetic", ["run.output_dir=unused", "discriminator.label_smoothing=0", *overrides]
+        "arithmetic",
+        [
+            "run.output_dir=unused",
+            "discriminator.label_smoothing=0",
+            "discriminator.final_lr_fraction=1",
+            "algorithm.reward=f",
+            *overrides,
+        ],
     )
 
 

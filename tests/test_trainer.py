@@ -37,7 +37,7 @@ LORA = ["policy.lora_rank=2", "discriminator.lora_rank=2"]
 SHARED = [*LORA, "discriminator.trunk=shared"]
 SHAPED = ["discriminator.head=score", "discriminator.shaping=true"]
 OWN_TRUNK = ["discriminator.head=score", "discriminator.trunk=policy"]
-WGAN = ["discriminator.logit=wgan", "discriminator.label_smoothing=0"]
+WGAN = ["discriminator.logit=wgan", "discriminator.label_smoothing=0", "algorithm.reward=f"]
 
 
 @pytest.fixture(autouse=True)
@@ -462,7 +462,11 @@ def test_evaluations_measure_the_kl_from_the_warm_start(tmp_path):
 
 def test_rewards_and_the_saved_reward_are_of_the_moving_average(tmp_path):
     config = make_config(
-        tmp_path, "discriminator.ema_decay=0.9", "discriminator.learning_rate=0.01", "run.steps=1"
+        tmp_path,
+        "discriminator.ema_decay=0.9",
+        "discriminator.learning_rate=0.01",
+        "run.steps=1",
+        "algorithm.reward=f",
     )
     trainer, traces, advantages, _, _ = before_the_update(config)
     learner = trainer.disc_learner
@@ -708,16 +712,27 @@ def test_what_the_weights_do_not_hang_on_may_change(tmp_path):
 
 
 def test_a_run_at_a_constant_rate_may_be_made_longer_not_shorter(tmp_path):
-    constant = "policy.final_lr_fraction=1"
-    whole = Trainer(make_config(tmp_path / "whole", constant, "run.steps=4"))
+    constant = ("policy.final_lr_fraction=1", "discriminator.final_lr_fraction=1")
+    whole = Trainer(make_config(tmp_path / "whole", *constant, "run.steps=4"))
     expected = whole.train()
-    Trainer(make_config(tmp_path / "cut", constant, "run.steps=2")).train()
-    longer = Trainer(make_config(tmp_path / "cut", constant, "run.steps=4"))
+    Trainer(make_config(tmp_path / "cut", *constant, "run.steps=2")).train()
+    longer = Trainer(make_config(tmp_path / "cut", *constant, "run.steps=4"))
     assert without_seconds(longer.train()) == without_seconds(expected)
     assert_same(everything(whole), everything(longer))
     assert load_config(tmp_path / "cut" / "config.yaml").run.steps == 4
     with pytest.raises(ValueError, match=r"6 finished steps, and run\.steps=1 asks for 3"):
-        Trainer(make_config(tmp_path / "cut", constant, "run.steps=1")).train()
+        Trainer(make_config(tmp_path / "cut", *constant, "run.steps=1")).train()
+
+
+@pytest.mark.parametrize("falling", ["policy", "discriminator"])
+def test_a_run_at_a_falling_rate_keeps_its_length(falling, tmp_path):
+    rates = [
+        f"{part}.final_lr_fraction={0.1 if part == falling else 1}"
+        for part in ("policy", "discriminator")
+    ]
+    Trainer(make_config(tmp_path, *rates)).train()
+    with pytest.raises(ValueError, match=r"it differs in run\.steps \(2 -> 4\)"):
+        Trainer(make_config(tmp_path, *rates, "run.steps=4")).train()
 
 
 def test_resume_never_and_must(tmp_path):

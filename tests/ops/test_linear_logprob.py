@@ -413,8 +413,10 @@ def test_any_shape_and_option(data):
     with patch.object(_head, "CHUNK_BYTES", 4 * vocab * rows):
         got = results(fused, tensors, wanted, **head)
     truth = results(oracle.linear_logprob, tensors, wanted, **head)
+    # Gradients, and a logit's own rounding, grow with the steepness of the head.
+    atol = 2e-5 * max(1.0, head["logit_scale"] / head["temperature"])
     for a, b in zip(got, truth, strict=True):
-        torch.testing.assert_close(a.double(), b.double(), rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(a.double(), b.double(), rtol=1e-4, atol=atol)
     assert (got[0] <= 0).all()
     assert ((got[1] >= 0) & (got[1] <= math.log(vocab) + 1e-6)).all()
 
