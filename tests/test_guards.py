@@ -439,7 +439,8 @@ def test_a_checkpoint_from_before_the_guards_goes_on(tmp_path, monkeypatch):
     def without(config):
         return {name: values for name, values in asdict(config).items() if name != "guards"}
 
-    options = ["policy.final_lr_fraction=1", "guards.non_finite=skip"]
+    constant = ["policy.final_lr_fraction=1", "discriminator.final_lr_fraction=1"]
+    options = [*constant, "guards.non_finite=skip"]
     with monkeypatch.context() as old:
         old.setattr("airl_fast.run_folder.asdict", without)
         trainer = Trainer(make_config(tmp_path, *options, "run.steps=1"))
