@@ -18,10 +18,13 @@ def load_policy(config: RunConfig, device: torch.device | None = None) -> Policy
     Args:
         config: of the run.
         device: where the weights go; by default ``run.device``, or a GPU where there is one.
+
+    Raises:
+        ValueError: a saved policy whose weights, all to be trained, have fewer than 32 bits.
     """
     policy = config.policy
     torch.manual_seed(derive_seed(config.run.seed, "policy adapter", 0))
-    return Policy.from_pretrained(
+    found = Policy.from_pretrained(
         policy.model,
         gguf_file=policy.gguf_file,
         dtype=getattr(torch, policy.dtype) if policy.dtype else None,
@@ -29,6 +32,14 @@ def load_policy(config: RunConfig, device: torch.device | None = None) -> Policy
         lora_alpha=policy.lora_alpha,
         device=device or config.run.device or ("cuda" if torch.cuda.is_available() else "cpu"),
     )
+    dtype = found.head.weight.dtype
+    if found.adapter is None and torch.finfo(dtype).bits < 32:
+        raise ValueError(
+            f"policy.model={policy.model} holds weights of {str(dtype).removeprefix('torch.')}, "
+            "which round small updates away where all are trained; set policy.dtype=float32, or "
+            "policy.lora_rank"
+        )
+    return found
 
 
 def create_discriminator(config: RunConfig, policy: Policy) -> Discriminator:

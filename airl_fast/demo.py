@@ -111,11 +111,12 @@ def _run_jobs(
     for name, model in {"SFT": start, _SAMPLED: sampled}.items():
         done[name] = bars.wait(f"{name}, measured", pool.submit(_measure, settings, model))
     done[AIRL].result()
-    job = pool.submit(_use_reward, settings, _BASE, output_dir / _METHODS[AIRL].folder / "reward")
+    learned = output_dir / _METHODS[AIRL].folder
+    job = pool.submit(_use_reward, settings, _BASE, learned / "reward")
     uses = bars.wait("reranking and locating", job)
     for part in ("policy", "reward"):
         with whole_folder(output_dir / part) as made:
-            shutil.copytree(output_dir / "airl" / part, made, dirs_exist_ok=True)
+            shutil.copytree(learned / part, made, dirs_exist_ok=True)
     order = ("base", *_METHODS, "SFT", _SAMPLED)
     found: Uses = uses.result()
     return start, sampled, {name: done[name].result() for name in order}, found

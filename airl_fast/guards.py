@@ -67,7 +67,7 @@ class Guards:
         self.folder = folder
         self.policy = policy
         self.discriminator = discriminator
-        self.watches = Watches(config, demonstrated_length)
+        self.watches = Watches(config, demonstrated_length, policy.head.weight.dtype)
         self.batch = Batch()
         self.skipped = 0  # steps of the whole run
         self.in_a_row = 0

@@ -66,7 +66,6 @@ class Policy(LanguageModel):
         saved = None
         if (Path(name) / METADATA).is_file():
             saved = read_metadata(Path(name), "policy")
-            dtype = dtype or saved_dtype(Path(name), saved)
         if saved and (saved.get("adapter") or not lora_rank):
             body = load_saved(
                 Path(name),
@@ -82,9 +81,10 @@ class Policy(LanguageModel):
                     f"give lora_rank={rank} (or 0) to go on training it"
                 )
         else:
+            own = saved_dtype(Path(name), saved) if saved else torch.float32
             body = load_language_model(
                 Origin(model=str(name), gguf_file=gguf_file, trust_remote_code=trust_remote_code),
-                dtype=dtype or torch.float32,
+                dtype=dtype or own,
                 lora_rank=lora_rank,
                 lora_alpha=lora_alpha,
                 device=device,

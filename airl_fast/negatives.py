@@ -13,17 +13,6 @@ def replace_digit(completion: str, boundary: str, rng: random.Random) -> str | N
     return other_digit(completion, rng.choice(places), rng) if places else None
 
 
-def replace_number(completion: str, boundary: str, rng: random.Random) -> str | None:
-    """Replace one number by another of the trace: what is mixed up; None if all are the same."""
-    places = list(re.finditer(r"[0-9]+", completion))
-    numbers = sorted({match[0] for match in places})
-    if len(numbers) < 2:
-        return None
-    place = rng.choice(places)
-    other = rng.choice([number for number in numbers if number != place[0]])
-    return completion[: place.start()] + other + completion[place.end() :]
-
-
 def swap_steps(completion: str, boundary: str, rng: random.Random) -> str | None:
     """Exchange two different complete steps; None if there are no two."""
     steps = split_steps(completion, boundary)
@@ -53,7 +42,6 @@ def _complete(steps: Sequence[str], boundary: str) -> list[int]:
 
 _TEXT_LEVEL: dict[str, Callable[[str, str, random.Random], str | None]] = {
     "digit": replace_digit,
-    "number": replace_number,
     "swap": swap_steps,
     "drop": drop_step,
 }

@@ -71,7 +71,7 @@ class GuardsConfig:
     mismatch_tolerance: Float | None = Field(
         default=None,
         gt=0,
-        description="largest difference of a token; null: 0.01, or 0.5 with policy.dtype=bfloat16",
+        description="largest difference of a token; null: 0.01, or 0.5 of a bfloat16 policy",
     )
     audit_every: Int = Field(
         default=0,

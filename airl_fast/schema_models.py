@@ -120,11 +120,10 @@ class DiscriminatorConfig:
     perturbed_per_update: Int = Field(
         default=64, ge=0, description="corrupted demonstrations in an update, as negatives"
     )
-    perturbations: tuple[Literal["corrupt", "digit", "number", "swap", "drop"], ...] = Field(
+    perturbations: tuple[Literal["corrupt", "digit", "swap", "drop"], ...] = Field(
         default=("corrupt", "digit", "swap", "drop"),
         min_length=1,
-        description="how: plant a wrong step, change a digit, put another of the trace's numbers "
-        "in the place of one, swap two steps, drop one",
+        description="how: plant a wrong step, change a digit, swap two steps, drop one",
     )
     span_logp: Literal["sum", "mean"] = Field(
         default="sum", description="log pi (and the lm head's f) of a span from its tokens'"

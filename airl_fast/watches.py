@@ -11,6 +11,8 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
 from airl_fast.config import RunConfig
 
 _log = logging.getLogger(__name__)
@@ -36,12 +38,15 @@ class Watches:
     Args:
         config: the run's.
         demonstrated_length: mean length of the demonstrations, in tokens; None without any.
+        dtype: of the policy's weights.
     """
 
-    def __init__(self, config: RunConfig, demonstrated_length: float | None) -> None:
+    def __init__(
+        self, config: RunConfig, demonstrated_length: float | None, dtype: torch.dtype
+    ) -> None:
         self.config = config.guards
         self.demonstrated_length = demonstrated_length
-        mismatch = 0.5 if config.policy.dtype == "bfloat16" else 0.01
+        mismatch = 0.5 if torch.finfo(dtype).bits < 32 else 0.01
         self.tolerance = self.config.mismatch_tolerance or mismatch
         self.first_entropy: float | None = None
         looks: dict[str, Callable[[Mapping[str, Any]], Finding | None]] = {

@@ -11,7 +11,7 @@ import torch
 from airl_fast.cli import main
 from airl_fast.config import load_config
 from airl_fast.guards import GuardError, NonFiniteError, load_fault
-from airl_fast.models import Discriminator
+from airl_fast.models import Discriminator, Policy
 from airl_fast.packing import Source
 from airl_fast.passes import span_energies
 from airl_fast.rollout import distinct_ngrams, sample
@@ -477,13 +477,19 @@ def test_distinct_ngrams_by_hand():
 
 
 def test_the_tolerance_of_the_sampler_follows_the_dtype(tmp_path):
-    assert Watches(make_config(tmp_path), 30.0).tolerance == 0.01
-    wide = ["policy.dtype=bfloat16", "policy.lora_rank=2", "discriminator.lora_rank=2"]
-    assert Watches(make_config(tmp_path, *wide), 30.0).tolerance == 0.5
-    assert Watches(make_config(tmp_path, "guards.mismatch_tolerance=0.2"), 30.0).tolerance == 0.2
+    def tolerance(*overrides):
+        return Trainer(make_config(tmp_path / "run", *overrides)).guards.watches.tolerance
+
+    lora = ["policy.lora_rank=2", "discriminator.lora_rank=2"]
+    assert tolerance() == 0.01
+    assert tolerance(*lora, "policy.dtype=bfloat16") == 0.5
+    assert tolerance("guards.mismatch_tolerance=0.2") == 0.2
+    wide = Policy.from_pretrained("arithmetic-base", lora_rank=2, dtype=torch.bfloat16)
+    wide.save(tmp_path / "saved")
+    assert tolerance(f"policy.model={tmp_path / 'saved'}", *lora) == 0.5
 
 
 def test_a_mismatch_of_nan_counts(tmp_path):
-    watches = Watches(make_config(tmp_path, "guards.patience=1"), None)
+    watches = Watches(make_config(tmp_path, "guards.patience=1"), None, torch.float32)
     seen = watches.look(1, "policy", {"sampler_mismatch": math.nan})
     assert seen["guards/sampler_mismatch"] == 1

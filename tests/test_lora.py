@@ -5,25 +5,17 @@ import copy
 import peft
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from airl_fast.lora import fuse_adapters
+from tests.tiny_models import VOCAB, tiny_model
 
-CONFIG = LlamaConfig(
-    vocab_size=90,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-)
-IDS = torch.randint(90, (2, 40), generator=torch.Generator().manual_seed(1))
+IDS = torch.randint(VOCAB, (2, 40), generator=torch.Generator().manual_seed(1))
 
 
 def model_of(dtype=torch.float32, **options):
-    torch.manual_seed(0)
-    backbone = LlamaForCausalLM(CONFIG).to(dtype)
+    backbone = tiny_model("llama", dtype=dtype)
     lora = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", **options)
+    torch.manual_seed(0)
     model = peft.get_peft_model(backbone, lora, adapter_name="one").eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():  # PEFT's B starts at zero
@@ -52,7 +44,7 @@ def test_states_and_gradients_are_as_exact_as_those_of_peft(dtype, monkeypatch):
     monkeypatch.setattr("torch.addmm", lambda *x, run=torch.addmm: ran.append(1) or run(*x))
     fuse_adapters(model)
     found, found_gradients = states(model), gradients(model)
-    assert len(ran) == 2 * 7 * CONFIG.num_hidden_layers
+    assert len(ran) == 2 * 7 * 2  # passes, linear layers of a decoder layer, decoder layers
     assert found.dtype == own.dtype == dtype
     assert (found - expected).norm() <= 2 * (own - expected).norm()
     assert found_gradients.keys() == expected_gradients.keys()
@@ -89,10 +81,19 @@ def test_each_of_two_adapters_is_its_own():
     assert not torch.allclose(found["one"], plain)
 
 
-@pytest.mark.parametrize("kind", ["dropout", "DoRA", "bias", "merged", "two at once", "autocast"])
+OPTIONS = {
+    "dropout": {"lora_dropout": 0.1},
+    "DoRA": {"use_dora": True},
+    "bias": {"lora_bias": True},
+    "merged": {},
+    "two at once": {},
+    "autocast": {},
+}
+
+
+@pytest.mark.parametrize("kind", OPTIONS)
 def test_other_layers_stay_those_of_peft(kind, monkeypatch):
-    options = {"dropout": {"lora_dropout": 0.1}, "DoRA": {"use_dora": True}}
-    model = model_of(**options.get(kind, {"lora_bias": True} if kind == "bias" else {}))
+    model = model_of(**OPTIONS[kind])
     if kind == "merged":
         model.merge_adapter()
     if kind == "two at once":

@@ -414,15 +414,12 @@ def test_the_fused_score_reads_the_policys_trunk(folder):
 # To disk and back
 
 
-@pytest.mark.parametrize("rank", [0, 4])
-def test_a_saved_policy_takes_another_dtype_where_one_is_asked_for(folder, tmp_path, rank):
-    Policy.from_pretrained(folder, lora_rank=rank).save(tmp_path / "saved")
-    assert Policy.from_pretrained(tmp_path / "saved").head.weight.dtype == torch.float32
-    for more in (0, 4):
-        policy = Policy.from_pretrained(
-            tmp_path / "saved", dtype=torch.bfloat16, lora_rank=more or rank
-        )
-        assert policy.head.weight.dtype == torch.bfloat16
+@pytest.mark.parametrize(("saved", "asked"), [(0, 0), (0, 4), (4, 0), (4, 4)])
+def test_a_saved_policy_has_its_dtype_or_the_one_asked_for(folder, tmp_path, saved, asked):
+    Policy.from_pretrained(folder, lora_rank=saved, dtype=torch.bfloat16).save(tmp_path)
+    for dtype, expected in ((None, torch.bfloat16), (torch.float32, torch.float32)):
+        policy = Policy.from_pretrained(tmp_path, dtype=dtype, lora_rank=asked)
+        assert policy.head.weight.dtype == expected
 
 
 @pytest.mark.parametrize("rank", [0, 2])

@@ -1,5 +1,4 @@
 import random
-import re
 import types
 
 import pytest
@@ -29,11 +28,6 @@ def test_each_kind_is_a_wrong_trace(kind):
             places = [i for i, (a, b) in enumerate(zip(trace, changed, strict=True)) if a != b]
             assert len(places) == 1
             assert changed[places[0]].isdigit()
-        if kind == "number":
-            before, after = (re.findall("[0-9]+", text) for text in (trace, changed))
-            differ = [b for a, b in zip(before, after, strict=True) if a != b]
-            assert len(differ) == 1
-            assert differ[0] in before
         if kind == "swap":
             assert sorted(changed.split(";")) == sorted(trace.split(";"))
         if kind == "drop":

@@ -735,6 +735,17 @@ def test_a_run_at_a_falling_rate_keeps_its_length(falling, tmp_path):
         Trainer(make_config(tmp_path, *rates, "run.steps=4")).train()
 
 
+def test_saved_bfloat16_weights_are_trained_in_float32_or_under_an_adapter(tmp_path):
+    Policy.from_pretrained("arithmetic-base", dtype=torch.bfloat16).save(tmp_path / "saved")
+    model = f"policy.model={tmp_path / 'saved'}"
+    with pytest.raises(ValueError, match=r"holds weights of bfloat16.*set policy\.dtype=float32"):
+        Trainer(make_config(tmp_path / "a", model))
+    wide = Trainer(make_config(tmp_path / "b", model, "policy.dtype=float32"))
+    assert wide.policy.head.weight.dtype == torch.float32
+    adapted = Trainer(make_config(tmp_path / "c", model, *LORA))
+    assert adapted.policy.head.weight.dtype == torch.bfloat16
+
+
 def test_resume_never_and_must(tmp_path):
     with pytest.raises(ValueError, match=r"no checkpoint and run\.resume=must"):
         Trainer(make_config(tmp_path, "run.resume=must")).train()

@@ -165,7 +165,7 @@ def test_first_wrong_step(completion, step):
 
 
 @settings(deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from(["digit", "number", "swap", "drop", "corrupt"]))
+@given(st.integers(0, 10**6), st.sampled_from(["digit", "swap", "drop", "corrupt"]))
 def test_the_verifier_agrees_with_exact_fractions(seed, kind):
     rng = random.Random(seed)
     problem, steps = sample_problem(rng)
