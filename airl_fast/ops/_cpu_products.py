@@ -165,7 +165,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     ours = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
     rows = x.reshape(-1, x.shape[-1]) if ours and fits_bias(bias, len(weight)) else None
     if rows is None or serves(rows, weight.t()) is not None or torch.is_autocast_enabled("cpu"):
-        return torch.nn.functional.linear(x, weight, bias)
+        # A slice of a batch (the states that generate() reads) beside a weight without gradient:
+        # torch would copy the weight for each row of the batch.
+        return torch.nn.functional.linear(x.contiguous(), weight, bias)
     inputs = (rows, weight) if bias is None else (rows, weight, bias)
     if torch.is_grad_enabled() and any(one.requires_grad for one in inputs):
         result: Tensor = _Product.apply(rows, weight.t())

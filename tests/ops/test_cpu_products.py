@@ -206,6 +206,17 @@ def test_what_is_not_served_runs_in_torch():
         assert torch.equal(products.linear(a, b.t()), torch.nn.functional.linear(a, b.t()))
 
 
+def test_a_slice_of_a_batch_does_not_copy_a_frozen_weight():
+    x, weight = torch.randn(16, 40, 8).bfloat16(), torch.randn(4096, 8).bfloat16()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as run:
+        found = products.linear(x[:, -1:], weight)
+    expected = x[:, -1:].double() @ weight.double().t()
+    torch.testing.assert_close(found.double(), expected, atol=1e-2, rtol=1e-2)
+    most = max(event.self_cpu_memory_usage for event in run.events())
+    assert most <= found.nbytes + x.nbytes  # torch's own linear takes 16 weights
+
+
 @needs_tiles
 def test_the_kernel_refuses_what_it_would_misread():
     x = torch.zeros(64, 64)
