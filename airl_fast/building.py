@@ -8,6 +8,7 @@ import torch
 
 from airl_fast.batches import derive_seed
 from airl_fast.config import RunConfig
+from airl_fast.loading_checks import default_device
 from airl_fast.models import Discriminator, Policy
 from airl_fast.reward_folder import reward_folder
 
@@ -27,10 +28,10 @@ def load_policy(config: RunConfig, device: torch.device | None = None) -> Policy
     found = Policy.from_pretrained(
         policy.model,
         gguf_file=policy.gguf_file,
-        dtype=getattr(torch, policy.dtype) if policy.dtype else None,
+        dtype=_dtype(config),
         lora_rank=policy.lora_rank,
         lora_alpha=policy.lora_alpha,
-        device=device or config.run.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device=device or default_device(config.run.device),
     )
     dtype = found.head.weight.dtype
     if found.adapter is None and torch.finfo(dtype).bits < 32:
@@ -40,6 +41,22 @@ def load_policy(config: RunConfig, device: torch.device | None = None) -> Policy
             "policy.lora_rank"
         )
     return found
+
+
+def load_measured(model: str | Path, config: RunConfig) -> Policy:
+    """A policy that is not trained any more, in the dtype and on the device of its run.
+
+    Args:
+        model: ``policy.model`` itself, or a folder that a run has written.
+        config: of the run.
+    """
+    gguf_file = config.policy.gguf_file if str(model) == config.policy.model else None
+    device = default_device(config.run.device)
+    return Policy.from_pretrained(model, gguf_file=gguf_file, dtype=_dtype(config), device=device)
+
+
+def _dtype(config: RunConfig) -> torch.dtype | None:
+    return getattr(torch, config.policy.dtype) if config.policy.dtype else None
 
 
 def create_discriminator(config: RunConfig, policy: Policy) -> Discriminator:

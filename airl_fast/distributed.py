@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from airl_fast.comparison import AuditError
-from airl_fast.loading_checks import known_device
+from airl_fast.loading_checks import default_device, known_device
 from airl_fast.ops._deferred import raise_failed
 from airl_fast.ops._finite import NonFiniteValueError
 
@@ -162,7 +162,7 @@ def join(device: str | None = None) -> World:
     Raises:
         ValueError: variables of the launcher are missing, or the device cannot be each process's.
     """
-    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    kind = default_device(device)
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return World(device=known_device(kind))

@@ -27,6 +27,11 @@ def known_device(device: str | torch.device) -> torch.device:
     return found
 
 
+def default_device(device: str | None) -> str:
+    """The one that a configuration names, or a GPU where there is one."""
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def check_options(dtype: object, lora_rank: int) -> None:
     """Refuse what is no floating dtype, and a negative rank."""
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:

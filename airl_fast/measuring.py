@@ -10,11 +10,11 @@ from typing import Literal
 
 from airl_fast import jobs
 from airl_fast.batches import encode
+from airl_fast.building import load_measured
 from airl_fast.checkpoint import load_checkpoint
 from airl_fast.config import RunConfig
 from airl_fast.language_model import LanguageModel
 from airl_fast.learners import copy_parameters
-from airl_fast.models import Policy
 from airl_fast.tasks import load_task
 from airl_fast.validation import Samples, sample_problems
 
@@ -44,7 +44,7 @@ def measure(
         temperatures: to choose from; 0 is greedy decoding.
         samples: of each test problem, at each temperature above 0.
     """
-    policy = Policy.from_pretrained(model)
+    policy = load_measured(model, config)
     sweep = {
         t: mean(accuracy(policy, config, "validation", VALIDATION_SAMPLES if t else 1, t))
         for t in temperatures

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 
 from airl_fast.batches import TraceMaker, encode
+from airl_fast.building import load_measured
 from airl_fast.config import RunConfig
 from airl_fast.evaluation import auc, best_of_n, locate_accuracy, majority_vote
 from airl_fast.language_model import LanguageModel
 from airl_fast.learners import combine_logp
 from airl_fast.measuring import draw
-from airl_fast.models import Discriminator, Policy
+from airl_fast.models import Discriminator
 from airl_fast.packing import Source, Trace
 from airl_fast.passes import action_logp, offsets, per_trace_sum, span_energies
 from airl_fast.spans import span_offsets, span_rule
@@ -63,8 +64,8 @@ def use_reward(reward: Path, start: str | Path, config: RunConfig, *, samples: i
         config: of the run.
         samples: of each test problem.
     """
-    policy = Policy.from_pretrained(start)
-    discriminator = Discriminator.from_pretrained(reward)
+    policy = load_measured(start, config)
+    discriminator = Discriminator.from_pretrained(reward, device=policy.device)
     task = load_task(config.task)
     drawn = draw(policy, config, "test", samples, 1.0)
     ranked, separated = rerank(discriminator, policy, task, drawn, config)
@@ -80,10 +81,11 @@ def rerank(
     correct = samples.correct.numpy()
     traces = traces_of(samples, _maker(task, policy))
     budget = config.run.token_budget
-    scores = {
-        "log pi": per_trace_sum(action_logp(policy, traces, budget)).view(-1, size).numpy(),
-        "f": per_trace_sum(span_energies(reward, policy, traces, budget)).view(-1, size).numpy(),
+    sums = {
+        "log pi": per_trace_sum(action_logp(policy, traces, budget)),
+        "f": per_trace_sum(span_energies(reward, policy, traces, budget)),
     }
+    scores = {name: values.view(-1, size).cpu().numpy() for name, values in sums.items()}
     answers = [task.extract_answer(rollout.text) for rollout in samples.rollouts]
     rows = [answers[i : i + size] for i in range(0, len(answers), size)]
     picks = {

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from airl_fast.building import load_measured, load_policy
 from airl_fast.config import load_config
 from airl_fast.loading import add_adapter, load_language_model, resolve
 from airl_fast.metadata import read_metadata
@@ -180,6 +181,25 @@ def test_a_run_on_a_gguf_file(tiny_gguf, tmp_path, shared):
     assert torch.equal(back.hidden(batch), trainer.policy.hidden(batch))
     reward = Discriminator.from_pretrained(tmp_path / "reward")
     assert torch.equal(reward.f(batch), trainer.discriminator.f(batch))
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_policy_is_measured_as_its_run_loads_it(tiny_gguf, tmp_path, rank):
+    folder, held = tiny_gguf
+    dtype = "bfloat16" if rank else "float32"
+    options = [f"policy.dtype={dtype}", f"policy.lora_rank={rank}", "algorithm.sft_warmup=0"]
+    model = [f"policy.model={folder}", "policy.gguf_file=tiny.gguf", "run.device=cpu"]
+    config = load_config("arithmetic", [*options, *model])
+    base = load_measured(folder, config)
+    expected = getattr(torch, dtype)
+    assert torch.equal(base.head.weight, held["lm_head.weight"].to(expected))
+    policy = load_policy(config)
+    moved(policy.trainable())
+    policy.save(tmp_path)
+    found = load_measured(tmp_path, config)
+    assert found.head.weight.dtype == expected
+    batch = batch_of(policy)
+    assert torch.equal(found.hidden(batch), policy.hidden(batch))
 
 
 def test_the_built_in_model_is_found_by_name():
