@@ -6,7 +6,14 @@ that import it. Nothing else is affected: in the interpreter the backend serves 
 
 import os
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def no_waiting_for_the_disk(monkeypatch):
+    """Runs whose every step is saved: nothing here outlives a power cut."""
+    monkeypatch.setattr("os.fsync", lambda file: None)

@@ -12,7 +12,7 @@ from airl_fast.config import load_config
 from airl_fast.export import export_run
 from airl_fast.models import Discriminator, Policy
 from airl_fast.trainer import Trainer
-from tests.test_trainer import StoppedError, bits, make_config, stop_at, without_seconds
+from tests.watched import StoppedError, bits, make_config, stop_at, without_seconds
 
 STEPS = 6  # of the policy, after a warm start of 2
 # pass@1 by step: the warm start's does not count, and of equal ones the earlier does

@@ -12,7 +12,7 @@ from airl_fast.cli import main
 from airl_fast.stopping import StopSignals
 from airl_fast.trainer import Trainer
 from benchmarks.kills import RUN, differences
-from tests.test_trainer import make_config
+from tests.watched import make_config
 
 
 def send(number):

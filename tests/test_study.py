@@ -61,11 +61,6 @@ comparisons:
 """
 
 
-@pytest.fixture
-def _no_waiting_for_the_disk(monkeypatch):
-    monkeypatch.setattr("os.fsync", lambda file: None)
-
-
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """A whole tiny study, its cells run in this process: study, cells, folder."""
@@ -206,7 +201,7 @@ def test_the_frozen_reward_of_another_run_stays_its_reward(tiny):
         assert file.read_bytes() == (cells[4].folder / "reward" / file.name).read_bytes()
 
 
-@pytest.mark.usefixtures("_no_waiting_for_the_disk")
+@pytest.mark.usefixtures("no_waiting_for_the_disk")
 def test_a_cell_that_is_stopped_goes_on_and_ends_the_same(tiny, tmp_path, monkeypatch):
     study, cells, _ = tiny
     whole = cells[3]

@@ -1,99 +1,33 @@
-"""The loop on arithmetic, a few steps long: who moves, on what, and exact continuation."""
+"""The loop on arithmetic, a few steps long: who moves, and on what."""
 
 import json
 from itertools import pairwise
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from airl_fast.attention import standard_attention
-from airl_fast.config import load_config
 from airl_fast.learners import swapped
 from airl_fast.models import Discriminator, Policy
 from airl_fast.packing import Source, pack
 from airl_fast.trainer import Trainer
 from airl_fast.validation import sample_problems
 from tests import oracle
+from tests.watched import (
+    LORA,
+    OWN_TRUNK,
+    SHAPED,
+    SHARED,
+    WGAN,
+    StoppedError,
+    Watched,
+    assert_same,
+    bits,
+    changed,
+    make_config,
+)
 
-TINY = [
-    "run.steps=2",
-    "run.threads=1",
-    "run.eval_every=0",
-    "run.checkpoint_every=100",
-    "algorithm.sft_warmup=1",
-    "algorithm.sft_batch=3",
-    "discriminator.warmup_updates=1",
-    "discriminator.perturbed_per_update=2",
-    "sampling.prompts_per_step=4",
-    "sampling.group_size=2",
-    "sampling.max_new_tokens=24",
-    "task.demonstrations=8",
-    "task.unlabelled=6",
-    "task.validation=4",
-    "task.test=0",
-]
-LORA = ["policy.lora_rank=2", "discriminator.lora_rank=2"]
-SHARED = [*LORA, "discriminator.trunk=shared"]
-SHAPED = ["discriminator.head=score", "discriminator.shaping=true"]
-OWN_TRUNK = ["discriminator.head=score", "discriminator.trunk=policy"]
-WGAN = ["discriminator.logit=wgan", "discriminator.label_smoothing=0", "algorithm.reward=f"]
-
-
-@pytest.fixture(autouse=True)
-def _no_waiting_for_the_disk(monkeypatch):
-    monkeypatch.setattr("os.fsync", lambda file: None)
-
-
-def make_config(folder, *overrides):
-    return load_config("arithmetic", [*TINY, f"run.output_dir={folder}", *overrides])
-
-
-def bits(parameters):
-    return {name: p.detach().clone() for name, p in parameters.items()}
-
-
-def everything(trainer):
-    """Every parameter of both models, trained or not."""
-    found = {f"policy.{n}": p for n, p in trainer.policy.model.named_parameters()}
-    if trainer.discriminator is not None:
-        found |= {f"disc.{n}": p for n, p in trainer.discriminator.named_parameters()}
-    return bits(found)
-
-
-def changed(before, after):
-    assert set(before) == set(after)
-    return {name for name in before if not torch.equal(before[name], after[name])}
-
-
-def assert_same(before, after):
-    assert changed(before, after) == set()
-
-
-class Watched(Trainer):
-    """A trainer that keeps its weights after every step and what its learners were given."""
-
-    def __init__(self, config, **options):
-        super().__init__(config, on_step=self._watch, **options)
-        self.weights = [everything(self)]
-        self.given = {"sft": [], "policy": [], "discriminator": []}
-        for name, learner in (
-            ("sft", self.sft_learner),
-            ("policy", self.policy_learner),
-            ("discriminator", self.disc_learner),
-        ):
-            if learner is not None:
-                learner.update = self._keeping(name, learner.update)
-
-    def _watch(self, metrics):
-        self.weights.append(everything(self))
-
-    def _keeping(self, name, update):
-        def keep(*arguments):
-            self.given[name].append(arguments)
-            return update(*arguments)
-
-        return keep
+pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
 
 
 # Who moves
@@ -246,10 +180,6 @@ def alone(trainer, trace):
         logp, _ = trainer.policy.logprob(hidden, batch, trainer.config.sampling.temperature)
         f = trainer.discriminator.f(batch, hidden) if trainer.discriminator else None
     return logp, f
-
-
-class StoppedError(Exception):
-    """Stands for a kill."""
 
 
 def before_the_update(config):
@@ -485,46 +415,6 @@ def learner_weights(trainer):
     return trainer.discriminator.trainable().items()
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-def test_a_saved_reward_trains_another_policy_on_another_task(frozen, tmp_path):
-    both = ["policy.model=countdown-base", "sampling.max_new_tokens=30"]
-    Trainer(make_config(tmp_path / "first", *both)).train()
-    saved = Discriminator.from_pretrained(tmp_path / "first" / "reward")
-    config = make_config(
-        tmp_path / "second",
-        *both,
-        "task.name=countdown",
-        f"discriminator.saved={tmp_path / 'first'}",
-        f"algorithm.frozen_discriminator={frozen}",
-    )
-    trainer = Watched(config)
-    for weights in trainer.weights:
-        of_disc = {n: v for n, v in weights.items() if n.startswith("disc.")}
-        assert_same(of_disc, bits({f"disc.{n}": p for n, p in saved.named_parameters()}))
-    trainer.train()
-    moved = changed(of_disc, {n: v for n, v in trainer.weights[-1].items() if n in of_disc})
-    assert bool(moved) != frozen
-    # After the warm start, which the policy has and the reward has not.
-    assert_same(of_disc, {n: v for n, v in trainer.weights[1].items() if n in of_disc})
-
-
-def test_a_saved_reward_of_another_form_or_tokenizer_is_refused(tmp_path):
-    Trainer(make_config(tmp_path / "first", "run.steps=1")).train()
-    saved = f"discriminator.saved={tmp_path / 'first' / 'reward'}"
-    for overrides, message in (
-        (["discriminator.head=score"], "head=lm, and the configuration says score"),
-        (["discriminator.span_logp=mean"], "span_logp=sum, and the configuration says mean"),
-        (["policy.model=countdown-base"], "another tokenizer"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            Trainer(make_config(tmp_path / "second", saved, *overrides))
-    with pytest.raises(ValueError, match="no such folder"):
-        Trainer(make_config(tmp_path / "second", "discriminator.saved=nowhere"))
-    Trainer(make_config(tmp_path / "other", *OWN_TRUNK, "run.steps=1")).train()
-    with pytest.raises(ValueError, match="reads the hidden states of the policy"):
-        Trainer(make_config(tmp_path / "third", f"discriminator.saved={tmp_path / 'other'}"))
-
-
 def test_the_packed_path_agrees_with_the_sampler(tmp_path):
     trainer = Trainer(make_config(tmp_path, "sampling.temperature=0.6", "run.token_budget=64"))
     assert all(m.get("sampler_mismatch", 0) < 1e-3 for m in trainer.train())
@@ -541,222 +431,3 @@ def test_the_run_leaves_loadable_models_and_its_metrics(tmp_path):
     training = json.loads((tmp_path / "reward" / "airl_fast.json").read_text())["training"]
     assert training["granularity"] == "interval"
     assert training["task"] == "arithmetic"
-
-
-# Going on
-
-
-RUNS = {
-    "full": ["discriminator.updates_per_step=2"],
-    "shared": [
-        *SHARED,
-        "discriminator.replay=5",
-        "discriminator.replay_fraction=0.5",
-        "algorithm.kl_beta=0.1",
-        "algorithm.policy_updates=2",
-    ],
-    "throttled": ["discriminator.accuracy_throttle=0.5", *SHAPED],
-    "policy-trunk": [*OWN_TRUNK, "algorithm.sft_warmup=0", "algorithm.kl_beta=0.1"],
-    "wgan": [*WGAN, *LORA, "algorithm.expert_in_group=true"],
-    "frozen": ["algorithm.frozen_discriminator=true"],
-    "averaged": ["discriminator.ema_decay=0.7", "discriminator.pair_weight=1", "run.eval_kl=true"],
-    "sft": ["algorithm.name=sft", "run.steps=4"],
-    "grpo": ["algorithm.name=grpo", "algorithm.sft_warmup=2"],
-}
-LONGER = ["algorithm.sft_warmup=2", "discriminator.warmup_updates=2", "run.eval_every=2"]
-
-
-def interrupted(config, at):
-    """Run, stopping after the steps ``at``, each time going on with a trainer made anew."""
-    for stop in at:
-
-        def kill(metrics, stop=stop):
-            if metrics["step"] == stop:
-                raise StoppedError
-
-        trainer = Trainer(config, on_step=kill)
-        torch.manual_seed(stop)  # nothing may hang on the global state
-        with pytest.raises(StoppedError):
-            trainer.train()
-    trainer = Trainer(config)
-    return trainer, trainer.train()
-
-
-def checkpoint(folder):
-    """Tensors and state of the newest checkpoint."""
-    newest = sorted((folder / "checkpoints").iterdir())[-1]
-    state = json.loads((newest / "state.json").read_text())
-    state["config"]["run"].pop("output_dir")
-    state["config"]["run"].pop("checkpoint_every")
-    return load_file(newest / "tensors.safetensors"), state
-
-
-def without_seconds(metrics):
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in metrics]
-
-
-@pytest.mark.parametrize("every", [1, 2])
-@pytest.mark.parametrize("name", RUNS)
-def test_an_interrupted_run_ends_with_the_same_bits(name, every, tmp_path):
-    overrides = [*LONGER, *RUNS[name]]
-    whole = Trainer(make_config(tmp_path / "whole", *overrides))
-    expected = whole.train()
-    config = make_config(tmp_path / "cut", *overrides, f"run.checkpoint_every={every}")
-    # After every step, in every phase; with a checkpoint every second step, some are run again.
-    trainer, metrics = interrupted(config, range(1, whole.total_steps))
-    assert without_seconds(metrics) == without_seconds(expected)
-    assert_same(everything(whole), everything(trainer))
-    tensors, state = checkpoint(tmp_path / "whole")
-    again, state_again = checkpoint(tmp_path / "cut")
-    assert any(n.startswith(("sft_adamw", "policy_adamw")) for n in tensors)
-    assert_same(tensors, again)
-    assert state == state_again
-    for part in ("policy", "reward"):
-        for file in (tmp_path / "whole" / part).glob("*.safetensors"):
-            assert file.read_bytes() == (tmp_path / "cut" / part / file.name).read_bytes()
-    if name == "throttled":
-        assert {line.get("disc/throttled") for line in expected} >= {0.0, 1.0}
-    if name == "shared":
-        assert len(trainer.disc_learner.replay.traces) == 5
-
-
-def test_a_kill_within_a_step_is_no_different(tmp_path):
-    whole = Trainer(make_config(tmp_path / "whole"))
-    expected = whole.train()
-    config = make_config(tmp_path / "cut", "run.checkpoint_every=1")
-    for learner, part in (
-        ("disc_learner", "update"),
-        ("policy_learner", "update"),
-        ("folder", "save"),
-    ):
-        trainer = Trainer(config)
-        method = getattr(getattr(trainer, learner), part)
-
-        def kill(*arguments, method=method, learner=learner):
-            if learner != "folder":
-                method(*arguments)
-            raise StoppedError
-
-        setattr(getattr(trainer, learner), part, kill)
-        with pytest.raises(StoppedError):
-            trainer.train()
-    trainer = Trainer(config)
-    assert without_seconds(trainer.train()) == without_seconds(expected)
-    assert_same(everything(whole), everything(trainer))
-
-
-def test_a_half_written_line_of_metrics_is_made_again(tmp_path):
-    expected = Trainer(make_config(tmp_path / "whole")).train()
-    config = make_config(tmp_path / "cut", "run.checkpoint_every=1")
-    with pytest.raises(StoppedError):
-        Trainer(config, on_step=stop_at(2)).train()
-    with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 3, "pha')
-    assert without_seconds(Trainer(config).train()) == without_seconds(expected)
-
-
-def test_the_seed_decides_the_run(tmp_path):
-    runs = []
-    for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
-        trainer = Trainer(make_config(tmp_path / folder, *SHARED, f"run.seed={seed}"))
-        torch.manual_seed(len(runs))
-        runs.append((without_seconds(trainer.train()), everything(trainer)))
-    assert runs[0][0] == runs[1][0]
-    assert_same(runs[0][1], runs[1][1])
-    assert runs[0][0] != runs[2][0]
-
-
-def test_a_finished_run_is_left_as_it_is(tmp_path):
-    config = make_config(tmp_path)
-    first = Trainer(config).train()
-    before = {p: p.read_bytes() for p in tmp_path.rglob("*.safetensors")}
-    assert Trainer(config).train() == first
-    assert before == {p: p.read_bytes() for p in tmp_path.rglob("*.safetensors")}
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("policy.learning_rate=1e-3", r"policy\.learning_rate \(0\.0002 -> 0\.001\)"),
-        ("sampling.group_size=3", r"sampling\.group_size \(2 -> 3\)"),
-        ("run.seed=5", r"run\.seed \(0 -> 5\)"),
-        ("run.steps=3", r"run\.steps \(2 -> 3\)"),
-        ("discriminator.betas=[0.9, 0.99]", r"discriminator\.betas"),
-    ],
-)
-def test_another_configuration_may_not_go_on(override, message, tmp_path):
-    config = make_config(tmp_path, "run.checkpoint_every=1")
-    with pytest.raises(StoppedError):
-        Trainer(config, on_step=stop_at(2)).train()
-    with pytest.raises(ValueError, match=rf"another configuration; it differs in {message}"):
-        Trainer(make_config(tmp_path, override)).train()
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
-
-
-def stop_at(step):
-    def stop(metrics):
-        if metrics["step"] == step:
-            raise StoppedError
-
-    return stop
-
-
-def test_what_the_weights_do_not_hang_on_may_change(tmp_path):
-    expected = Trainer(make_config(tmp_path / "whole")).train()
-    config = make_config(tmp_path / "cut", "run.checkpoint_every=1")
-    with pytest.raises(StoppedError):
-        Trainer(config, on_step=stop_at(2)).train()
-    changes = ["run.checkpoint_every=7", "run.keep_checkpoints=1", "run.resume=must"]
-    metrics = Trainer(make_config(tmp_path / "cut", *changes)).train()
-    assert without_seconds(metrics) == without_seconds(expected)
-
-
-def test_a_run_at_a_constant_rate_may_be_made_longer_not_shorter(tmp_path):
-    constant = ("policy.final_lr_fraction=1", "discriminator.final_lr_fraction=1")
-    whole = Trainer(make_config(tmp_path / "whole", *constant, "run.steps=4"))
-    expected = whole.train()
-    Trainer(make_config(tmp_path / "cut", *constant, "run.steps=2")).train()
-    longer = Trainer(make_config(tmp_path / "cut", *constant, "run.steps=4"))
-    assert without_seconds(longer.train()) == without_seconds(expected)
-    assert_same(everything(whole), everything(longer))
-    assert load_config(tmp_path / "cut" / "config.yaml").run.steps == 4
-    with pytest.raises(ValueError, match=r"6 finished steps, and run\.steps=1 asks for 3"):
-        Trainer(make_config(tmp_path / "cut", *constant, "run.steps=1")).train()
-
-
-@pytest.mark.parametrize("falling", ["policy", "discriminator"])
-def test_a_run_at_a_falling_rate_keeps_its_length(falling, tmp_path):
-    rates = [
-        f"{part}.final_lr_fraction={0.1 if part == falling else 1}"
-        for part in ("policy", "discriminator")
-    ]
-    Trainer(make_config(tmp_path, *rates)).train()
-    with pytest.raises(ValueError, match=r"it differs in run\.steps \(2 -> 4\)"):
-        Trainer(make_config(tmp_path, *rates, "run.steps=4")).train()
-
-
-def test_saved_bfloat16_weights_are_trained_in_float32_or_under_an_adapter(tmp_path):
-    Policy.from_pretrained("arithmetic-base", dtype=torch.bfloat16).save(tmp_path / "saved")
-    model = f"policy.model={tmp_path / 'saved'}"
-    with pytest.raises(ValueError, match=r"holds weights of bfloat16.*set policy\.dtype=float32"):
-        Trainer(make_config(tmp_path / "a", model))
-    wide = Trainer(make_config(tmp_path / "b", model, "policy.dtype=float32"))
-    assert wide.policy.head.weight.dtype == torch.float32
-    adapted = Trainer(make_config(tmp_path / "c", model, *LORA))
-    assert adapted.policy.head.weight.dtype == torch.bfloat16
-
-
-def test_resume_never_and_must(tmp_path):
-    with pytest.raises(ValueError, match=r"no checkpoint and run\.resume=must"):
-        Trainer(make_config(tmp_path, "run.resume=must")).train()
-    Trainer(make_config(tmp_path, "run.resume=never")).train()
-    with pytest.raises(ValueError, match=r"already holds a run and run\.resume=never"):
-        Trainer(make_config(tmp_path, "run.resume=never")).train()
-    Trainer(make_config(tmp_path, "run.resume=must")).train()
-
-
-def test_a_warm_start_needs_the_same_adapter_on_both(tmp_path):
-    for overrides in (["policy.lora_rank=2"], [*LORA, "discriminator.lora_alpha=3"]):
-        with pytest.raises(ValueError, match=r"algorithm\.sft_warmup=1: .*set discriminator\.lora"):
-            make_config(tmp_path, *overrides)
-        make_config(tmp_path, *overrides, "algorithm.sft_warmup=0")
