@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from airl_fast.config import RunConfig
+from airl_fast.jobs import StoppedError
 
 _EVERY = 0.5  # seconds between looks at the metrics
 _LINES_EVERY = 20  # looks between lines, where there is no terminal
@@ -94,13 +95,18 @@ class RunsProgress:
 
 
 def _state(config: RunConfig | None, future: Future[Any]) -> tuple[int, str]:
-    if future.done():
-        return config.total_steps if config else 1, "failed" if future.exception() else "done"
-    if config is None or not (path := Path(config.run.output_dir) / "metrics.jsonl").exists():
-        return 0, "running" if future.running() else "waiting"
-    lines = path.read_text().split("\n")
-    complete = [line for line in lines[:-1] if line]  # the last piece may be half-written
-    return len(complete), _note(json.loads(complete[-1])) if complete else ""
+    """Steps that are done, and how the run stands."""
+    error = future.exception() if future.done() else None
+    if future.done() and error is None:
+        return config.total_steps if config else 1, "done"
+    steps, note = 0, "running" if future.running() else "waiting"
+    if config and (path := Path(config.run.output_dir) / "metrics.jsonl").exists():
+        lines = path.read_text().split("\n")
+        complete = [line for line in lines[:-1] if line]  # the last piece may be half-written
+        steps, note = len(complete), _note(json.loads(complete[-1])) if complete else ""
+    if error is not None:
+        note = "stopped" if isinstance(error, StoppedError) else "failed"
+    return steps, note
 
 
 def _note(metrics: dict[str, Any]) -> str:

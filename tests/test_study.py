@@ -383,9 +383,8 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
     text = changed(("[[2.0e-4, 2], [1.0e-3, 2]]", "[[2.0e-4, 100000]]"))
     folder = tmp_path / "out"
     command = [sys.executable, "-m", "airl_fast", "study", made(tmp_path, text)]
-    process = subprocess.Popen(
-        [*command, "--output-dir", str(folder)], stderr=subprocess.PIPE, text=True
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([*command, "--output-dir", str(folder)], text=True, **pipes)
     metrics = folder / "seed-0" / "arithmetic" / "sft-1" / "metrics.jsonl"
     deadline = time.monotonic() + 300
     while not (metrics.exists() and metrics.read_text().count("\n") > 2):
@@ -393,10 +392,11 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 0
     assert "the same command goes on from there" in err
     steps = metrics.read_text().count("\n")
+    assert re.search(rf"SFT arm 1: {steps}/\d+ stopped$", out, re.MULTILINE)
     assert (metrics.parent / "checkpoints" / f"step-{steps:06d}").is_dir()
 
 
