@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0 done, 1 ``doctor`` found a problem, 2 something to put right, 130
         interrupted.
     """
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(argv)
     command: _Command = arguments.command
     try:
         return command(arguments)
@@ -47,6 +47,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"airl-fast: {error}", file=sys.stderr)
         return 2
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Arguments, with overrides anywhere: argparse alone takes none that follow an option."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if hasattr(arguments, "overrides"):
+        later = [word for word in rest if "=" in word and not word.startswith("-")]
+        arguments.overrides += later
+        rest = [word for word in rest if word not in later]
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return arguments
 
 
 def _is_for_users(error: Exception) -> bool:

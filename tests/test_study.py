@@ -159,6 +159,12 @@ def test_overrides_of_the_command_come_after_the_file_and_before_starts_and_vari
     for wrong, message in (("run.stepz=4", "did you mean run.steps"), ("run.seed=4", "remove it")):
         assert cli.main(["study", source, wrong, "--output-dir", str(tmp_path / "out")]) == 2
         assert message in capsys.readouterr().err
+    after = ["study", source, "--output-dir", str(tmp_path / "out"), "run.stepz=4"]
+    assert cli.main(after) == 2
+    assert "did you mean run.steps" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([*after, "--nothing=3", "stray"])
+    assert "unrecognized arguments: --nothing=3 stray" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
