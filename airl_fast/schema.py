@@ -241,6 +241,15 @@ class RunConfig:
                 "log-density ratio; set algorithm.reward=f",
             ),
             (
+                self.algorithm.name == "airl"
+                and not self.algorithm.frozen_discriminator
+                and disc.logit == "f"
+                and self.algorithm.reward == "f-logp",
+                "algorithm.reward=f-logp with discriminator.logit=f: f is the log-density ratio "
+                "by itself, and log pi would be subtracted twice; set algorithm.reward=f (and "
+                "algorithm.entropy_coef for a bonus)",
+            ),
+            (
                 trains_on_groups and self.sampling.group_size == 1,
                 f"sampling.group_size=1 with algorithm.baseline={self.algorithm.baseline}: a "
                 "group of one has every advantage 0; set sampling.group_size to 2 or more",

@@ -162,7 +162,7 @@ VARIANTS = {
         "discriminator.label_smoothing=0",
         "algorithm.reward=f",
     ],
-    "logit-f": ["discriminator.logit=f", "discriminator.span_logp=mean"],
+    "logit-f": ["discriminator.logit=f", "algorithm.reward=f", "discriminator.span_logp=mean"],
     "score": ["discriminator.head=score", "discriminator.shaping=true"],
     "policy-trunk": ["discriminator.head=score", "discriminator.trunk=policy"],
     "shared": [*LORA, "discriminator.trunk=shared"],

@@ -172,6 +172,7 @@ CONTRADICTIONS = [
         ],
         r"set algorithm\.reward=f",
     ),
+    (["discriminator.logit=f"], r"subtracted twice; set algorithm\.reward=f"),
     (["algorithm.delta=1.1"], r"algorithm\.clip_high"),
     (["discriminator.shaping_gamma=0.9"], r"set discriminator\.shaping=true"),
     (
@@ -222,6 +223,8 @@ def test_contradictions_are_refused_before_any_model_is_loaded(overrides, messag
             "discriminator.label_smoothing=0",
             "algorithm.reward=f",
         ],
+        ["discriminator.logit=f", "algorithm.reward=f"],
+        ["discriminator.logit=f", "algorithm.frozen_discriminator=true"],
         ["algorithm.name=sft", "sampling.group_size=1", "algorithm.reward=f-logp"],
         ["algorithm.expert_in_group=true", "algorithm.frozen_discriminator=true"],
         ["sampling.demonstration_prompts=8", "task.demonstrations=8"],

@@ -373,7 +373,9 @@ def state_of(discriminator):
 def test_the_throttle_skips_updates_while_the_accuracy_is_above_it():
     policy = make_policy()
     discriminator = make_discriminator("shaped", policy)
-    config = make_config("discriminator.accuracy_throttle=0.6", "discriminator.logit=f")
+    config = make_config(
+        "discriminator.accuracy_throttle=0.6", "discriminator.logit=f", "algorithm.reward=f"
+    )
     learner = DiscriminatorLearner(discriminator, policy, config)
     running = 0.5
     assert learner.accuracy == running

@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
 ALGORITHMS = {
     "f": [],
     "f-logp": ["algorithm.reward=f-logp"],
-    "logit-f": ["discriminator.logit=f"],
+    "logit-f": ["discriminator.logit=f", "algorithm.reward=f"],
     "wgan": WGAN,
     "shaped": SHAPED,
     "policy-trunk": OWN_TRUNK,
