@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import torch
@@ -46,10 +47,14 @@ def load_policy(config: RunConfig, device: torch.device | None = None) -> Policy
 def load_measured(model: str | Path, config: RunConfig) -> Policy:
     """A policy that is not trained any more, in the dtype and on the device of its run.
 
+    Models refer to themselves, so that one that is done with stays in memory until Python looks
+    for cycles: it is freed first.
+
     Args:
         model: ``policy.model`` itself, or a folder that a run has written.
         config: of the run.
     """
+    gc.collect()
     gguf_file = config.policy.gguf_file if str(model) == config.policy.model else None
     device = default_device(config.run.device)
     return Policy.from_pretrained(model, gguf_file=gguf_file, dtype=_dtype(config), device=device)

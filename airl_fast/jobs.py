@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import signal
 from collections.abc import Iterator, Mapping
@@ -90,6 +91,7 @@ def train(config: RunConfig) -> Trainer:
     from airl_fast.trainer import Trainer
 
     check()
+    gc.collect()  # the models of an earlier job are in cycles
     trainer = Trainer(config, should_stop=lambda: _asked is not None and _asked.is_set())
     trainer.train()
     if trainer.step < trainer.total_steps:

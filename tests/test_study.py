@@ -1,5 +1,7 @@
 """``airl-fast study``: the file, the cells, what goes on after a stop or a failure, the numbers."""
 
+import dataclasses
+import gc
 import json
 import os
 import re
@@ -12,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from airl_fast import cli, jobs
+from airl_fast import building, cli, jobs
 from airl_fast.config import ConfigError
 from airl_fast.measuring import choose_sft
 from airl_fast.study import costs
@@ -199,6 +202,28 @@ def test_the_warm_start_is_made_once_and_chosen_on_validation(tiny):
     assert of["AIRL"].policy.model == of["GRPO"].policy.model == chosen["greedy"]
     assert of["taken over"].policy.model == "arithmetic-base"
     assert of["taken over"].discriminator.saved == str(cells[3].folder / "reward")
+
+
+def test_a_cell_keeps_at_most_its_last_model_in_memory(tiny, tmp_path, monkeypatch):
+    """Python need not have looked for cycles by itself in between."""
+    study, cells, _ = tiny
+    start = next(cell for cell in cells if cell.kind == "start")
+    held = []
+    load = building.Policy.from_pretrained
+
+    def watched(*args, **kwargs):
+        held.append(sum(isinstance(kept, torch.nn.Parameter) for kept in gc.get_objects()))
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(building.Policy, "from_pretrained", watched)
+    gc.collect()
+    gc.disable()
+    try:
+        run_cell(study, dataclasses.replace(start, folder=tmp_path / "again"))
+    finally:
+        gc.enable()
+    assert len(held) == len(start.result()["methods"]) > 1
+    assert max(held) == held[0]
 
 
 def test_the_frozen_reward_of_another_run_stays_its_reward(tiny):
