@@ -4,7 +4,7 @@
 
 (Hu et al. 2021, arXiv 2106.09685). PEFT forms the low-rank product, scales it and adds it: three
 passes over [T, N], in float32 beside a bfloat16 backbone whose states it converts. Here the scale
-is on the [T, R] side, one ``addmm`` does the rest, and A and B, which stay float32 as parameters,
+is on the [T, R] side, one ``addmm_`` does the rest, and A and B, which stay float32 as parameters,
 are rounded to the states' dtype for the products, as automatic mixed precision does.
 """
 
@@ -34,7 +34,8 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     base = layer.base_layer(x)
     down, up = (part[name].weight.to(x.dtype) for part in (layer.lora_A, layer.lora_B))
     low = linear(x, down) * layer.scaling[name]
-    return torch.addmm(base.flatten(0, -2), low.flatten(0, -2), up.t()).view_as(base)
+    base.view(-1, base.shape[-1]).addmm_(low.flatten(0, -2), up.t())  # no copy of the product
+    return base
 
 
 def _plain(layer: Any) -> str | None:
