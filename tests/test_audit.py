@@ -10,7 +10,7 @@ from airl_fast.cli import main
 from airl_fast.comparison import Comparison
 from airl_fast.ops import dispatch
 from airl_fast.trainer import Trainer
-from tests.test_guards import TINY, make_config
+from tests.guarded import TINY, make_config
 
 GROUP = "sampling.group_size=8"  # samples differ: there are advantages
 AUDITED = ["run.steps=1", "guards.audit_every=1", GROUP]

@@ -1,89 +1,23 @@
 """Every guard meets its fault in a real run of a few steps on arithmetic."""
 
-import json
 import logging
-import math
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import pytest
 import torch
 
 from airl_fast.cli import main
-from airl_fast.config import load_config
-from airl_fast.guards import GuardError, NonFiniteError, load_fault
-from airl_fast.models import Discriminator, Policy
+from airl_fast.guards import NonFiniteError, load_fault
+from airl_fast.models import Discriminator
 from airl_fast.packing import Source
 from airl_fast.passes import span_energies
-from airl_fast.rollout import distinct_ngrams, sample
 from airl_fast.trainer import Trainer
-from airl_fast.watches import Watches
-
-TINY = [
-    "run.steps=3",
-    "run.threads=1",
-    "run.eval_every=0",
-    "run.checkpoint_every=100",
-    "algorithm.sft_warmup=0",
-    "discriminator.warmup_updates=0",
-    "discriminator.perturbed_per_update=2",
-    "discriminator.replay=8",
-    "discriminator.replay_fraction=0.5",
-    "sampling.prompts_per_step=2",
-    "sampling.group_size=2",
-    "sampling.max_new_tokens=16",
-    "task.demonstrations=8",
-    "task.unlabelled=0",
-    "task.validation=4",
-    "task.test=0",
-]
-NAN, INF = float("nan"), float("inf")
-WATCHES = (
-    "discriminator_saturated",
-    "policy_collapse_entropy",
-    "policy_collapse_length",
-    "policy_collapse_repetition",
-    "sampler_mismatch",
-)
+from tests.guarded import INF, NAN, TINY, Kept, bad_gradient, changed, make_config, snapshot
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     monkeypatch.setattr("os.fsync", lambda file: None)
-
-
-def make_config(folder, *overrides):
-    return load_config("arithmetic", [*TINY, f"run.output_dir={folder}", *overrides])
-
-
-def snapshot(trainer):
-    """All that a checkpoint would hold, but for the guards' own counts."""
-    kept = {}
-
-    def keep(step, tensors, state):
-        kept["tensors"] = {name: tensor.clone() for name, tensor in tensors.items()}
-        kept["state"] = json.loads(json.dumps({k: v for k, v in state.items() if k != "guards"}))
-
-    own, trainer.folder.save = trainer.folder.save, keep
-    trainer.save_checkpoint()
-    trainer.folder.save = own
-    return kept["tensors"], kept["state"]
-
-
-def changed(before, after):
-    """The kinds of tensors and values that differ."""
-    assert before[0].keys() <= after[0].keys()
-    names = {n for n, t in before[0].items() if not torch.equal(t, after[0][n])}
-    names |= after[0].keys() - before[0].keys()
-    names |= {n for n in before[1] if before[1][n] != after[1][n]}
-    return {name.split(".")[0] for name in names}
-
-
-class Kept(Trainer):
-    """A trainer that keeps what a checkpoint would hold, before the first step and after each."""
-
-    def __init__(self, config):
-        super().__init__(config, on_step=lambda _: self.states.append(snapshot(self)))
-        self.states = [snapshot(self)]
 
 
 # Values that are not finite
@@ -99,21 +33,6 @@ def bad_reward(trainer, at, monkeypatch, value=NAN):
         return values
 
     monkeypatch.setattr("airl_fast.trainer.span_energies", energies)
-
-
-def bad_gradient(trainer, at, model):
-    """The gradient of a parameter in the middle holds one infinity; returns its name."""
-    parameters = {"policy": trainer.policy, "discriminator": trainer.discriminator}
-    name = sorted(parameters[model].trainable())[7]
-
-    def spoil(gradient):
-        spoilt = gradient.clone()
-        if trainer.step + 1 in at:
-            spoilt.view(-1)[3] = INF
-        return spoilt
-
-    parameters[model].trainable()[name].register_hook(spoil)
-    return name
 
 
 def bad_loss(trainer, at, model, monkeypatch):
@@ -282,157 +201,7 @@ def test_a_full_disk_does_not_hide_what_was_wrong(tmp_path, monkeypatch):
         trainer.train()
 
 
-# Watched states
-
-
-@pytest.fixture
-def plant(monkeypatch):
-    """A function that plants a state in the steps given; the trainer must call it each step."""
-
-    def make(name, steps):
-        now = {"step": 1}
-
-        def on_step(metrics):
-            now["step"] = metrics["step"] + 1
-            if name == "policy_collapse_entropy":  # logits far apart
-                turn_sharpness(now["step"])
-
-        def turn_sharpness(step):
-            if step in steps and step - 1 not in steps:
-                scale(1e3)
-            elif step not in steps and step - 1 in steps:
-                scale(1e-3)
-
-        @torch.no_grad()
-        def scale(factor):
-            make.trainer.policy.causal_lm.base_model.norm.weight.mul_(factor)
-
-        def planted(rollout):
-            if now["step"] not in steps:
-                return rollout
-            tokens, logp = rollout.completion, rollout.logp
-            if name == "policy_collapse_length":
-                return replace(rollout, completion=tokens[:2], logp=logp[:2], finish="end")
-            if name == "policy_collapse_repetition":
-                return replace(rollout, completion=tokens[:1] * len(tokens))
-            if name == "sampler_mismatch":
-                return replace(rollout, logp=tuple(value - 0.05 for value in logp))
-            return rollout
-
-        def sampled(*arguments, **options):
-            return [planted(rollout) for rollout in sample(*arguments, **options)]
-
-        def energies(self, batch, hidden):
-            f = real(self, batch, hidden)
-            if now["step"] not in steps:
-                return f
-            expert = (batch.source == Source.EXPERT).repeat_interleave(batch.cu_seq_spans.diff())
-            return 0 * f + torch.where(expert, 20.0, -200.0)
-
-        monkeypatch.setattr("airl_fast.trainer.sample", sampled)
-        real = Discriminator.energies
-        if name == "discriminator_saturated":
-            monkeypatch.setattr(Discriminator, "energies", energies)
-        return on_step
-
-    return make
-
-
-# What the tiny run would trip besides, and samples as they come.
-LOOSE = [
-    "guards.patience=2",
-    "guards.truncated_share=1",
-    "sampling.max_new_tokens=40",
-    "sampling.temperature=0.7",
-]
-
-
-@pytest.mark.parametrize("name", WATCHES)
-def test_a_state_is_said_once_on_entering_and_once_on_leaving(name, tmp_path, plant, caplog):
-    on_step = plant(name, {2, 3, 4})
-    trainer = Trainer(make_config(tmp_path, *LOOSE, "run.steps=5"), on_step=on_step)
-    plant.trainer = trainer
-    with caplog.at_level(logging.WARNING):
-        lines = trainer.train()
-    assert [line[f"guards/{name}"] for line in lines] == [0, 0, 1, 1, 0]
-    said = [r.getMessage() for r in caplog.records if f"guard {name}" in r.getMessage()]
-    assert len(said) == 2
-    assert said[0].startswith(f"guard {name}: step 3, 2 in a row: ")
-    assert said[1].startswith(f"guard {name}: over at step 5: ")
-
-
-@pytest.mark.parametrize("name", WATCHES)
-def test_a_state_stops_the_run_if_asked_and_can_be_passed(name, tmp_path, plant):
-    on_step = plant(name, {2, 3, 4, 5, 6})
-    config = make_config(tmp_path, *LOOSE, f"guards.{name}=stop", "run.steps=4")
-    trainer = Trainer(config, on_step=on_step)
-    plant.trainer = trainer
-    with pytest.raises(GuardError, match=rf"guard {name}: step 3.*guards.{name}=warn") as stop:
-        trainer.train()
-    assert stop.value.guard == name
-    assert len(trainer.folder.history()) == 2
-
-
-def test_a_watch_that_is_off_says_nothing(tmp_path, plant, caplog):
-    on_step = plant("sampler_mismatch", {1, 2, 3})
-    off = [f"guards.{name}=off" for name in WATCHES]
-    lines = Trainer(make_config(tmp_path, *LOOSE, *off), on_step=on_step).train()
-    assert not any(key.startswith("guards/") for line in lines for key in line)
-    assert not caplog.records
-
-
-def test_a_loop_that_runs_to_the_limit_is_a_collapse_of_length(tmp_path):
-    config = make_config(tmp_path, "sampling.max_new_tokens=3", "guards.patience=1", "run.steps=1")
-    assert Trainer(config).train()[0]["guards/policy_collapse_length"] == 1
-
-
-def test_a_resumed_run_has_the_same_bits_metrics_and_warnings(tmp_path, plant, monkeypatch, caplog):
-    """Faults and states before and after the interruption, which falls inside a state."""
-    options = [*LOOSE, "guards.non_finite=skip", "run.steps=6", "run.checkpoint_every=1"]
-
-    def run(folder, stops=()):
-        said = len(caplog.records)
-        for stop in (*stops, None):
-            on_step = plant("sampler_mismatch", {2, 3, 4, 5})
-
-            def interrupt(metrics, on_step=on_step, stop=stop):
-                on_step(metrics)
-                if metrics["step"] == stop:
-                    raise KeyboardInterrupt
-
-            trainer = Trainer(make_config(folder, *options), on_step=interrupt)
-            on_step({"step": stops[0] if stop is None and stops else 0})
-            bad_gradient(trainer, {2, 5}, "policy")
-            try:
-                lines = trainer.train()
-            except KeyboardInterrupt:
-                continue
-        names = ("step", "phase", "guards/skipped", "guards/sampler_mismatch", "policy/loss")
-        texts = [r.getMessage() for r in caplog.records[said:]]
-        return (
-            snapshot(trainer),
-            [{k: line.get(k) for k in names} for line in lines],
-            [text.replace(str(folder), "") for text in texts],
-        )
-
-    whole = run(tmp_path / "whole")
-    halves = run(tmp_path / "halves", stops=(4,))
-    assert changed(whole[0], halves[0]) == set()
-    assert whole[1:] == halves[1:]
-    assert [line["guards/skipped"] for line in whole[1]] == [0, 1, 1, 1, 2, 2]
-    assert sum("guard sampler_mismatch" in text for text in whole[2]) == 2
-
-
-def test_guards_may_change_when_a_run_goes_on(tmp_path, plant):
-    options = [*LOOSE, "run.checkpoint_every=1"]
-    on_step = plant("sampler_mismatch", {1, 2, 3})
-    with pytest.raises(GuardError):
-        Trainer(
-            make_config(tmp_path, *options, "guards.sampler_mismatch=stop"), on_step=on_step
-        ).train()
-    on_step({"step": 1})
-    lines = Trainer(make_config(tmp_path, *options), on_step=on_step).train()
-    assert [line["step"] for line in lines] == [1, 2, 3]
+# Older checkpoints, the command line
 
 
 def test_a_checkpoint_from_before_the_guards_goes_on(tmp_path, monkeypatch):
@@ -453,9 +222,6 @@ def test_a_checkpoint_from_before_the_guards_goes_on(tmp_path, monkeypatch):
     assert [line["guards/skipped"] for line in lines] == [0, 0]
 
 
-# On the command line, and numbers by hand
-
-
 def test_the_command_says_it_in_one_line(tmp_path, monkeypatch, capfd):
     def energies(*arguments):
         values = span_energies(*arguments)
@@ -467,29 +233,3 @@ def test_the_command_says_it_in_one_line(tmp_path, monkeypatch, capfd):
     said = capfd.readouterr().err
     assert "airl-fast: guard non_finite: step 1 (policy)" in said
     assert "Traceback" not in said
-
-
-def test_distinct_ngrams_by_hand():
-    assert distinct_ngrams([(1, 2, 3)]) is None
-    assert distinct_ngrams([(1, 2, 3), (1, 2, 3, 4, 5)]) == 1.0
-    assert distinct_ngrams([(7,) * 13]) == pytest.approx(1 / 10)
-    assert distinct_ngrams([(1, 2) * 4, (1, 2, 3, 4)]) == pytest.approx((2 / 5 + 1) / 2)
-
-
-def test_the_tolerance_of_the_sampler_follows_the_dtype(tmp_path):
-    def tolerance(*overrides):
-        return Trainer(make_config(tmp_path / "run", *overrides)).guards.watches.tolerance
-
-    lora = ["policy.lora_rank=2", "discriminator.lora_rank=2"]
-    assert tolerance() == 0.01
-    assert tolerance(*lora, "policy.dtype=bfloat16") == 0.5
-    assert tolerance("guards.mismatch_tolerance=0.2") == 0.2
-    wide = Policy.from_pretrained("arithmetic-base", lora_rank=2, dtype=torch.bfloat16)
-    wide.save(tmp_path / "saved")
-    assert tolerance(f"policy.model={tmp_path / 'saved'}", *lora) == 0.5
-
-
-def test_a_mismatch_of_nan_counts(tmp_path):
-    watches = Watches(make_config(tmp_path, "guards.patience=1"), None, torch.float32)
-    seen = watches.look(1, "policy", {"sampler_mismatch": math.nan})
-    assert seen["guards/sampler_mismatch"] == 1

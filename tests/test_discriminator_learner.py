@@ -1,138 +1,29 @@
-"""One update of each learner against the oracle, however the batch is cut."""
+"""One update of the discriminator against the oracle, however the batch is cut."""
 
 import copy
 from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
 
-from airl_fast.config import load_config
-from airl_fast.language_model import LanguageModel, Origin
 from airl_fast.learners import (
     DiscriminatorLearner,
-    PolicyLearner,
-    combine_logp,
-    copy_parameters,
 )
-from airl_fast.models import Discriminator
-from airl_fast.optimisation import Optimiser
-from airl_fast.packing import Source, Trace, pack
+from airl_fast.packing import Source
 from airl_fast.passes import action_logp
 from tests import oracle
-from tests.tiny_models import VOCAB, tiny_model, tiny_tokenizer
-
-BUDGETS = [4096, 40, 23]  # one micro-batch; a few; about one a trace
-
-
-def make_policy(seed=0):
-    model = tiny_model("llama", seed=seed).eval()
-    with torch.no_grad():
-        model.lm_head.weight.mul_(0.3)
-    return LanguageModel(model, tiny_tokenizer(), Origin(model="tiny"))
-
-
-def make_discriminator(head, policy):
-    if head == "policy-trunk":
-        made = Discriminator(None, head="score", trunk="policy", width=32)
-    elif head == "shaped":
-        made = Discriminator(make_policy(3), head="score", trunk="own", width=32, shaping_gamma=0.9)
-    else:
-        span_logp = "mean" if head == "lm-mean" else "sum"
-        body = make_policy(3)
-        made = Discriminator(body, head="lm", trunk="own", width=32, span_logp=span_logp)
-    with torch.no_grad():
-        for i, p in enumerate(made.head_parameters().values()):
-            p += 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
-    return made
-
-
-def make_traces():
-    """Two groups with an expert each, and a perturbed expert; prompts are shared."""
-    generator = torch.Generator().manual_seed(8)
-
-    def draw(n):
-        return tuple(torch.randint(3, VOCAB, (n,), generator=generator).tolist())
-
-    prompts = [draw(6), draw(4)]
-    shapes = [
-        (0, (3, 2), Source.EXPERT),
-        (1, (2, 2, 1), Source.EXPERT),
-        (0, (4, 1, 2), Source.POLICY),
-        (0, (6,), Source.POLICY),
-        (1, (1, 1, 1), Source.POLICY),
-        (1, (2, 5), Source.POLICY),
-        (1, (2, 3), Source.PERTURBED),
-    ]
-    return [
-        Trace(
-            prompt=prompts[group],
-            completion=draw(sum(spans)),
-            span_lengths=spans,
-            group=group,
-            source=source,
-        )
-        for group, spans, source in shapes
-    ]
-
-
-TRACES = make_traces()
-
-
-def make_config(*overrides):
-    return load_config(
-        "arithmetic",
-        [
-            "run.output_dir=unused",
-            "discriminator.label_smoothing=0",
-            "discriminator.final_lr_fraction=1",
-            "algorithm.reward=f",
-            *overrides,
-        ],
-    )
-
-
-class Spy:
-    """Stands for an optimiser: keeps the gradient it would use."""
-
-    def __init__(self, parameters):
-        self.parameters = parameters
-        self.gradients = []
-
-    def step(self):
-        self.gradients.append(
-            {n: None if p.grad is None else p.grad.clone() for n, p in self.parameters.items()}
-        )
-        for p in self.parameters.values():
-            p.grad = None
-        return 0.0
-
-
-def assert_gradients(found, expected, rtol=2e-4):
-    assert set(found) == set(expected)
-    for name, value in expected.items():
-        if value is None:
-            assert found[name] is None, name
-        else:
-            scale = max(value.abs().max().item(), 1e-3)
-            torch.testing.assert_close(found[name], value, atol=rtol * scale, rtol=0, msg=name)
-
-
-def gradients(loss, parameters):
-    values = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-    return dict(zip(parameters, values, strict=True))
-
-
-def alone(model, trace):
-    """The hidden states of a trace run alone: at each state and at each action."""
-    ids = torch.tensor([[*trace.prompt, *trace.completion]])
-    hidden = model(ids, output_hidden_states=True, use_cache=False).hidden_states[-1][0]
-    start = len(trace.prompt)
-    return hidden[start - 1 : -1], hidden[start:]
-
-
-def cu(lengths):
-    return torch.tensor([0, *lengths]).cumsum(0)
+from tests.learning import (
+    BUDGETS,
+    TRACES,
+    Spy,
+    alone,
+    assert_gradients,
+    cu,
+    gradients,
+    make_config,
+    make_discriminator,
+    make_policy,
+)
 
 
 def expected_energies(discriminator, policy, temperature=1.0):
@@ -427,150 +318,3 @@ def test_the_discriminators_state_comes_back():
         )
     theirs = other.discriminator.trainable()
     assert all(torch.equal(p, theirs[n]) for n, p in learner.discriminator.trainable().items())
-
-
-# The policy
-
-
-def old_and_ref(policy):
-    """Log-probs of other policies, so that ratios leave the clip on both sides."""
-    generator = torch.Generator().manual_seed(4)
-    logp = []
-    for trace in TRACES:
-        batch = pack([trace])
-        with torch.no_grad():
-            logp.append(policy.logprob(policy.hidden(batch), batch, 0.8)[0])
-    noise = [torch.randn(len(x), generator=generator) for x in logp]
-    return [x + 0.4 * n for x, n in zip(logp, noise, strict=True)], [
-        x - 0.3 * n for x, n in zip(logp, noise, strict=True)
-    ]
-
-
-OPTIONS = {
-    "plain": [],
-    "clipped": ["algorithm.policy_updates=2", "algorithm.clip_high=0.3", "algorithm.delta=1.5"],
-    "kl": ["algorithm.kl_beta=0.3"],
-    "entropy": ["algorithm.entropy_coef=0.1"],
-    "all": [
-        "algorithm.policy_updates=2",
-        "algorithm.kl_beta=0.3",
-        "algorithm.entropy_coef=0.1",
-    ],
-}
-
-
-@pytest.mark.parametrize("budget", BUDGETS)
-@pytest.mark.parametrize("name", OPTIONS)
-def test_the_policys_update_is_the_oracles(name, budget):
-    policy = make_policy()
-    config = make_config(
-        *OPTIONS[name],
-        f"run.token_budget={budget}",
-        "sampling.temperature=0.8",
-        "sampling.max_new_tokens=8",
-    )
-    old, ref = old_and_ref(policy)
-    old = old if name in ("clipped", "all") else None
-    ref = ref if name in ("kl", "all") else None
-    generator = torch.Generator().manual_seed(1)
-    advantages = [torch.randn(len(t.completion), generator=generator) for t in TRACES]
-    spy = Spy(policy.trainable())
-    metrics = PolicyLearner(policy, config, spy).update(TRACES, advantages, old, ref)
-
-    policy.model.set_attn_implementation("eager")
-    hidden = torch.cat([alone(policy.model, t)[0] for t in TRACES])
-    lengths = [len(t.completion) for t in TRACES]
-    algorithm = config.algorithm
-    loss, stats = oracle.policy_loss(
-        hidden,
-        policy.model.lm_head.weight,
-        torch.cat([torch.tensor(t.completion) for t in TRACES]),
-        torch.cat(advantages),
-        cu_seqs=cu(lengths),
-        old_logp=None if old is None else torch.cat(old),
-        ref_logp=None if ref is None else torch.cat(ref),
-        temperature=0.8,
-        clip_low=algorithm.clip_low,
-        clip_high=algorithm.clip_high,
-        delta=algorithm.delta,
-        beta=algorithm.kl_beta,
-        entropy_coef=algorithm.entropy_coef,
-    )
-    assert metrics["policy/loss"] == pytest.approx(loss.item(), rel=1e-4, abs=1e-6)
-    assert metrics["policy/entropy"] == pytest.approx(stats["entropy"], rel=1e-4)
-    assert metrics["policy/clip_fraction"] == pytest.approx(stats["clip_fraction"], abs=1e-6)
-    assert metrics["policy/kl_ref"] == pytest.approx(stats["kl"], rel=1e-3, abs=1e-6)
-    if name == "clipped":
-        assert metrics["policy/clip_fraction"] > 0
-    assert_gradients(spy.gradients[0], gradients(loss, policy.trainable()))
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("budget", BUDGETS)
-def test_imitation_is_transformers_cross_entropy(budget, temperature):
-    policy = make_policy()
-    config = make_config(
-        f"run.token_budget={budget}",
-        f"sampling.temperature={temperature}",
-        "sampling.max_new_tokens=8",
-        "algorithm.entropy_coef=0.1",
-        "algorithm.kl_beta=0.1",
-    )
-    spy = Spy(policy.trainable())
-    ones = [torch.ones(len(t.completion)) for t in TRACES]
-    metrics = PolicyLearner(policy, config, spy, imitation=True).update(TRACES, ones)
-
-    policy.model.set_attn_implementation("eager")
-    actions = sum(len(t.completion) for t in TRACES)
-    total = torch.zeros(())
-    for trace in TRACES:
-        ids = torch.tensor([[*trace.prompt, *trace.completion]])
-        labels = ids.clone()
-        labels[:, : len(trace.prompt)] = -100
-        mean = policy.model(ids, labels=labels, use_cache=False).loss
-        total = total + mean * len(trace.completion) / actions
-    # The loss of a ratio of one is -1 in value; its gradient and log-prob are cross-entropy's.
-    assert metrics["policy/logp"] == pytest.approx(-total.item(), rel=1e-4)
-    assert_gradients(spy.gradients[0], gradients(total, policy.trainable()))
-
-
-def test_an_update_moves_the_policy_along_its_advantages():
-    policy = make_policy()
-    optimiser = Optimiser(
-        policy.trainable(), learning_rate=1e-3, weight_decay=0.0, betas=(0.9, 0.98), clip_norm=1.0
-    )
-    learner = PolicyLearner(policy, make_config(), optimiser)
-    sign = [1.0, -1.0, 1.0, -1.0, 1.0, -1.0, 1.0]
-    advantages = [s * torch.ones(len(t.completion)) for s, t in zip(sign, TRACES, strict=True)]
-
-    def gap():
-        batch = pack(TRACES)
-        with torch.no_grad():
-            logp, _ = policy.logprob(policy.hidden(batch), batch)
-        return (logp * torch.cat(advantages)).sum().item()
-
-    before = gap()
-    for _ in range(3):
-        learner.update(TRACES, advantages)
-    assert gap() > before + 0.1
-
-
-# Small parts
-
-
-@pytest.mark.parametrize("how", ["sum", "mean"])
-def test_log_pi_of_spans(how):
-    logp = -torch.rand(9, generator=torch.Generator().manual_seed(0))
-    offsets = torch.tensor([0, 2, 3, 9], dtype=torch.int32)
-    expected = oracle.span_logp(logp, offsets, how).float()
-    torch.testing.assert_close(combine_logp(logp, offsets, how), expected)
-
-
-def test_copying_parameters_names_what_is_missing_or_misshapen():
-    parameters = {"a": nn.Parameter(torch.zeros(2, 3))}
-    copy_parameters(parameters, {"x.a": torch.ones(2, 3)}, "x.")
-    assert torch.equal(parameters["a"], torch.ones(2, 3))
-    with pytest.raises(ValueError, match=r"x\.a: expected shape \(2, 3\), found nothing"):
-        copy_parameters(parameters, {}, "x.")
-    with pytest.raises(ValueError, match=r"expected shape \(2, 3\), found shape \(3,\)"):
-        copy_parameters(parameters, {"x.a": torch.ones(3)}, "x.")
