@@ -91,6 +91,7 @@ def sft_overrides(rate: float, steps: int, checkpoints: int) -> tuple[str, ...]:
         "algorithm.name=sft",
         "run.eval_every=0",
         f"algorithm.sft_learning_rate={rate}",
+        "policy.final_lr_fraction=0.1",
         f"run.steps={steps}",
         f"run.checkpoint_every={max(1, steps // checkpoints)}",
         "run.keep_checkpoints=1000",  # all: one that was stopped has more than its candidates

@@ -171,6 +171,16 @@ def test_overrides_of_the_command_come_after_the_file_and_before_starts_and_vari
     assert not (tmp_path / "out").exists()
 
 
+def test_arms_of_sft_are_annealed_whatever_the_study_says(tmp_path):
+    study = load_study(made(tmp_path, TINY), None, ["policy.final_lr_fraction=1"])
+    left = {
+        cell.kind: cell_config(study, cell).policy.final_lr_fraction
+        for cell in plan(study, tmp_path / "out")
+        if cell.kind != "variant"
+    }
+    assert left == {"arm": 0.1, "start": 1}
+
+
 def test_a_name_that_is_none_is_told_what_there_is():
     with pytest.raises(ConfigError, match="countdown-transfer"):
         load_study("nothing")
