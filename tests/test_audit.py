@@ -12,14 +12,11 @@ from airl_fast.ops import dispatch
 from airl_fast.trainer import Trainer
 from tests.guarded import TINY, make_config
 
+pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
+
 GROUP = "sampling.group_size=8"  # samples differ: there are advantages
 AUDITED = ["run.steps=1", "guards.audit_every=1", GROUP]
 LORA = ["policy.lora_rank=2", "discriminator.lora_rank=2"]  # the head is frozen
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch):
-    monkeypatch.setattr("os.fsync", lambda file: None)
 
 
 def plant(monkeypatch, op, output, spoil):

@@ -6,9 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from airl_fast.learners import (
-    DiscriminatorLearner,
-)
+from airl_fast.learners import DiscriminatorLearner
 from airl_fast.packing import Source
 from airl_fast.passes import action_logp
 from tests import oracle

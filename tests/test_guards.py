@@ -14,10 +14,7 @@ from airl_fast.passes import span_energies
 from airl_fast.trainer import Trainer
 from tests.guarded import INF, NAN, TINY, Kept, bad_gradient, changed, make_config, snapshot
 
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch):
-    monkeypatch.setattr("os.fsync", lambda file: None)
+pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
 
 
 # Values that are not finite

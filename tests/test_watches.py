@@ -15,6 +15,8 @@ from airl_fast.trainer import Trainer
 from airl_fast.watches import Watches
 from tests.guarded import bad_gradient, changed, make_config, snapshot
 
+pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
+
 WATCHES = (
     "discriminator_saturated",
     "policy_collapse_entropy",
@@ -22,11 +24,6 @@ WATCHES = (
     "policy_collapse_repetition",
     "sampler_mismatch",
 )
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch):
-    monkeypatch.setattr("os.fsync", lambda file: None)
 
 
 @pytest.fixture
