@@ -137,11 +137,11 @@ def _start(study: Study, cell: Cell, config: RunConfig) -> dict[str, Any]:
         scores |= json.loads((folder / RESULT).read_text("utf-8"))["scores"]
     greedy, sampled = choose_sft(scores)
     models = {BASE: config.policy.model, SFT: greedy, SAMPLED_SFT: sampled}
+    once = dict.fromkeys(models.values())  # both choices are often one checkpoint
+    found = {model: asdict(_measured(study, config, model)) for model in once}
     return {
         "chosen": {"greedy": greedy, "sampled": sampled},
-        "methods": {
-            name: asdict(_measured(study, config, model)) for name, model in models.items()
-        },
+        "methods": {name: found[model] for name, model in models.items()},
     }
 
 
