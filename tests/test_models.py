@@ -1,113 +1,36 @@
 """Policy and Discriminator against plain transformers and hand-written formulas."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
-    CohereConfig,
-    GraniteConfig,
     LlamaConfig,
     LlamaForCausalLM,
-    PhiConfig,
 )
 
 from airl_fast.language_model import LanguageModel, Origin
 from airl_fast.models import Discriminator, Policy
-from airl_fast.packing import Source, Trace, pack
+from airl_fast.packing import pack
 from tests import oracle
-from tests.tiny_models import VOCAB, tiny_config, tiny_model, tiny_tokenizer
-
-SIZES = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-CONFIGS = {
-    "llama": lambda: LlamaConfig(**SIZES),
-    "qwen2": lambda: tiny_config("qwen2"),
-    "tied": lambda: LlamaConfig(**SIZES, tie_word_embeddings=True),
-    "gemma2": lambda: tiny_config("gemma2", final_logit_softcapping=3.0),
-    "cohere": lambda: CohereConfig(**SIZES, logit_scale=0.4),
-    "granite": lambda: GraniteConfig(**SIZES, logits_scaling=3.0),
-    "phi": lambda: PhiConfig(**SIZES, partial_rotary_factor=0.5),
-}
-
-
-def write_model(folder: Path, name: str = "llama", seed: int = 0) -> Path:
-    """A tiny model of random weights with its tokenizer, as a folder of safetensors."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(CONFIGS[name]())
-        for parameter in model.parameters():
-            parameter.data.normal_(std=0.3)
-    model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+from tests.model_folders import (
+    CONFIGS,
+    HEADS,
+    SIZES,
+    TRACES,
+    assert_close,
+    bits,
+    perturb_parameters,
+    plain,
+    plain_logp,
+    write_model,
+)
+from tests.tiny_models import tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("llama"))
-
-
-def make_traces() -> list[Trace]:
-    """Two prompts; the first is shared by three completions. Spans of several lengths."""
-    generator = torch.Generator().manual_seed(3)
-
-    def draw(n):
-        return tuple(torch.randint(3, VOCAB, (n,), generator=generator).tolist())
-
-    first, second = draw(5), draw(3)
-    return [
-        Trace(prompt=first, completion=draw(6), span_lengths=(2, 1, 3), group=0),
-        Trace(prompt=first, completion=draw(4), span_lengths=(4,), group=0, source=Source.EXPERT),
-        Trace(prompt=second, completion=draw(3), span_lengths=(1, 1, 1), group=1),
-        Trace(prompt=first, completion=draw(1), span_lengths=(1,), group=0),
-    ]
-
-
-TRACES = make_traces()
-
-
-def plain(model, trace):
-    """Logits that predict each action, and the hidden state at each action, run alone."""
-    model.eval()
-    ids = torch.tensor([[*trace.prompt, *trace.completion]])
-    with torch.no_grad():
-        out = model(ids, output_hidden_states=True, use_cache=False)
-    start = len(trace.prompt)
-    return out.logits[0, start - 1 : -1], out.hidden_states[-1][0, start:]
-
-
-def plain_logp(model, trace, temperature=1.0):
-    logits = plain(model, trace)[0].double() / temperature
-    return logits.log_softmax(-1)[range(len(trace.completion)), list(trace.completion)]
-
-
-def perturb_parameters(parameters, seed=1, std=0.1):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in parameters:
-            parameter += std * torch.randn(parameter.shape, generator=generator)
-
-
-def bits(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def assert_close(found, expected, atol=1e-4):
-    expected = torch.as_tensor(expected).to(found.dtype)
-    torch.testing.assert_close(found, expected, atol=atol, rtol=1e-4)
 
 
 # The policy's head
@@ -376,14 +299,6 @@ def test_the_score_head_is_read_at_the_last_action(folder, gamma):
     assert_close(discriminator.f(pack(TRACES)), torch.stack(expected))
 
 
-HEADS = {
-    "lm": {"head": "lm", "kappa": 0.8, "offset": 0.2},
-    "lm-mean": {"head": "lm", "span_logp": "mean"},
-    "score": {"head": "score"},
-    "shaped": {"head": "score", "shaping_gamma": 0.9},
-}
-
-
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("name", ["llama", "gemma2", "phi"])
 @pytest.mark.parametrize("form", ["airl", "logit"])
@@ -409,119 +324,3 @@ def test_the_fused_score_reads_the_policys_trunk(folder):
     batch = pack(TRACES)
     f = discriminator.f(batch, policy.hidden(batch)).detach()
     assert_close(discriminator.score(batch, policy).f, f)
-
-
-# To disk and back
-
-
-@pytest.mark.parametrize(("saved", "asked"), [(0, 0), (0, 4), (4, 0), (4, 4)])
-def test_a_saved_policy_has_its_dtype_or_the_one_asked_for(folder, tmp_path, saved, asked):
-    Policy.from_pretrained(folder, lora_rank=saved, dtype=torch.bfloat16).save(tmp_path)
-    for dtype, expected in ((None, torch.bfloat16), (torch.float32, torch.float32)):
-        policy = Policy.from_pretrained(tmp_path, dtype=dtype, lora_rank=asked)
-        assert policy.head.weight.dtype == expected
-
-
-@pytest.mark.parametrize("rank", [0, 2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_policy_comes_back_with_the_same_bits(folder, tmp_path, rank, dtype):
-    policy = Policy.from_pretrained(folder, lora_rank=rank, dtype=dtype)
-    perturb_parameters(policy.trainable().values())
-    policy.save(tmp_path)
-    assert not [p for p in tmp_path.iterdir() if p.suffix in (".bin", ".pt", ".pkl")]
-    back = Policy.from_pretrained(tmp_path)
-    assert_same(policy, back)
-    hidden = back.hidden(pack(TRACES))
-    assert hidden.dtype == dtype
-    assert torch.equal(policy.hidden(pack(TRACES)), hidden)
-    assert back.tokenizer.get_vocab() == policy.tokenizer.get_vocab()
-
-
-def assert_same(first, second):
-    one, two = first.trainable(), second.trainable()
-    assert list(one) == list(two)
-    for name in one:
-        assert one[name].dtype == two[name].dtype
-        assert torch.equal(one[name], two[name]), name
-
-
-def test_transformers_and_peft_read_a_saved_policy(folder, tmp_path):
-    from peft import PeftModel
-
-    policy = Policy.from_pretrained(folder)
-    perturb_parameters(policy.trainable().values())
-    policy.save(tmp_path / "full")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "full")
-    batch = pack(TRACES)
-    logp = policy.logprob(policy.hidden(batch), batch)[0].detach()
-    assert_close(logp, torch.cat([plain_logp(model, t) for t in TRACES]))
-
-    policy = Policy.from_pretrained(folder, lora_rank=2)
-    perturb_parameters(policy.trainable().values())
-    policy.save(tmp_path / "lora")
-    base = AutoModelForCausalLM.from_pretrained(folder)
-    model = PeftModel.from_pretrained(base, tmp_path / "lora")
-    logp = policy.logprob(policy.hidden(batch), batch)[0].detach()
-    assert_close(logp, torch.cat([plain_logp(model, t) for t in TRACES]))
-
-
-BODIES = {
-    "own": {},
-    "own-lora": {"lora_rank": 2},
-    "shared": {"trunk": "shared", "lora_rank": 3, "lora_alpha": 5},
-    "policy": {"trunk": "policy"},
-}
-
-
-@pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("body", BODIES)
-@pytest.mark.parametrize("policy_rank", [0, 2])
-def test_a_discriminator_comes_back_with_the_same_bits(folder, tmp_path, head, body, policy_rank):
-    if (body == "policy" and "lm" in head) or (body == "shared" and not policy_rank):
-        pytest.skip("refused")
-    policy = Policy.from_pretrained(folder, lora_rank=policy_rank)
-    discriminator = Discriminator.create(policy, **HEADS[head], **BODIES[body])
-    perturb_parameters(discriminator.trainable().values())
-    discriminator.save(tmp_path, training={"granularity": "step"})
-    back = Discriminator.from_pretrained(tmp_path)
-    assert_same(discriminator, back)
-    batch = pack(TRACES)
-    hidden = policy.hidden(batch).detach()
-    assert torch.equal(discriminator.f(batch, hidden), back.f(batch, hidden))
-    assert back.span_logp == discriminator.span_logp
-    assert back.shaping_gamma == discriminator.shaping_gamma
-    assert json.loads((tmp_path / "airl_fast.json").read_text())["training"] == {
-        "granularity": "step"
-    }
-
-
-def test_a_bfloat16_adapter_over_a_bfloat16_base_comes_back(folder, tmp_path):
-    policy = Policy.from_pretrained(folder, lora_rank=2, dtype=torch.bfloat16)
-    discriminator = Discriminator.create(policy, trunk="shared", lora_rank=2)
-    perturb_parameters(discriminator.trainable().values())
-    discriminator.save(tmp_path)
-    back = Discriminator.from_pretrained(tmp_path)
-    assert torch.equal(discriminator.f(pack(TRACES)), back.f(pack(TRACES)))
-
-
-def test_the_wrong_folder_is_named(folder, tmp_path):
-    Policy.from_pretrained(folder).save(tmp_path)
-    with pytest.raises(ValueError, match="holds a 'policy', expected a 'discriminator'"):
-        Discriminator.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"holds no airl_fast\.json"):
-        Discriminator.from_pretrained(folder)
-
-
-def test_a_saved_policy_of_full_weights_takes_a_fresh_adapter(folder, tmp_path):
-    policy = Policy.from_pretrained(folder)
-    perturb_parameters(policy.trainable().values())
-    policy.save(tmp_path / "full")
-    adapted = Policy.from_pretrained(tmp_path / "full", lora_rank=2)
-    assert all(".lora_" in name for name in adapted.trainable())
-    perturb_parameters(adapted.trainable().values())
-    adapted.save(tmp_path / "lora")
-    back = Policy.from_pretrained(tmp_path / "lora")
-    assert torch.equal(adapted.hidden(pack(TRACES)), back.hidden(pack(TRACES)))
-    assert_same(Policy.from_pretrained(tmp_path / "lora", lora_rank=2), back)
-    with pytest.raises(ValueError, match=r"adapter of rank 2.*lora_rank=3"):
-        Policy.from_pretrained(tmp_path / "lora", lora_rank=3)
