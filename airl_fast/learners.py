@@ -21,6 +21,7 @@ from airl_fast.config import RunConfig
 from airl_fast.distributed import place_like
 from airl_fast.language_model import Head, LanguageModel
 from airl_fast.models import Discriminator
+from airl_fast.negatives import told_apart
 from airl_fast.ops.discriminator_loss import discriminator_loss
 from airl_fast.ops.linear_policy_loss import PolicyLossStats, linear_policy_loss
 from airl_fast.ops.segments import segment_mean, segment_sum
@@ -111,9 +112,10 @@ class DiscriminatorLearner:
         The ranking loss crosses micro-batches: its gradient at the trace's scores is taken first,
         for all of them, and then goes through each micro-batch as a constant.
         """
+        told = told_apart(traces, self.config.perturbed_spans)
         spans = {True: 0, False: 0}
-        for trace in traces:
-            spans[trace.source == Source.EXPERT] += len(trace.span_lengths)
+        for trace, mine in zip(traces, told, strict=True):
+            spans[trace.source == Source.EXPERT] += sum(mine)
         total, floored, sums = 0.0, 0.0, _Sums(spans)
         slopes, ranking = self._ranking(traces, action_logp)
         for indices, batch, weight in micro_batches(traces, self.token_budget, self.policy):
@@ -123,8 +125,9 @@ class DiscriminatorLearner:
             floored += weight * float((logp != exact).sum())
             f = self.discriminator.f(batch, self._policy_hidden(batch))
             is_expert = (batch.source == Source.EXPERT).repeat_interleave(batch.cu_seq_spans.diff())
+            kept = torch.tensor([mine for i in indices for mine in told[i]], device=f.device)
             loss = self.policy.world.agree(
-                partial(self._both_classes, f, logp, is_expert, weight, sums)
+                partial(self._both_classes, f[kept], logp[kept], is_expert[kept], weight, sums)
             )
             plain = float(loss.detach())
             if loss.requires_grad:

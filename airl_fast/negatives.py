@@ -2,8 +2,12 @@
 
 import random
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import Literal
 
+from airl_fast.packing import Source, Trace
 from airl_fast.tasks.base import Task, other_digit, split_steps
 
 
@@ -86,3 +90,29 @@ def perturb(
         f"no perturbation among {', '.join(kinds)} changes the trace {completion[:80]!r}{detail}; "
         "leave it out, or set discriminator.perturbed_per_update=0"
     )
+
+
+def told_apart(traces: Sequence[Trace], perturbed: Literal["all", "changed"]) -> list[list[bool]]:
+    """Which spans of each trace a discriminator is taught with.
+
+    Args:
+        traces: of each perturbed one, the expert's of its group is among them.
+        perturbed: of perturbed traces all spans, as of the others, or the first that is changed:
+            those before it are the expert's own, and would be taught as both.
+    """
+    told = [[True] * len(trace.span_lengths) for trace in traces]
+    if perturbed == "changed":
+        experts = {trace.group: trace for trace in traces if trace.source == Source.EXPERT}
+        for i, trace in enumerate(traces):
+            if trace.source == Source.PERTURBED:
+                changed = _changed_span(trace, experts[trace.group])
+                told[i] = [span == changed for span in range(len(trace.span_lengths))]
+    return told
+
+
+def _changed_span(trace: Trace, expert: Trace) -> int:
+    pairs = zip(trace.completion, expert.completion, strict=False)
+    # Where one is how the other begins, they differ in where they end.
+    end = min(len(expert.completion), len(trace.completion) - 1)
+    place = next((i for i, (one, other) in enumerate(pairs) if one != other), end)
+    return bisect_right(list(accumulate(trace.span_lengths)), place)

@@ -125,6 +125,8 @@ def sample(
 
 def summarise(rollouts: Sequence[Rollout]) -> dict[str, float]:
     """Mean length, how many were cut off or ended by a stop string, how little they repeat."""
+    if not rollouts:
+        return {}
     count = len(rollouts)
     distinct = distinct_ngrams([r.completion for r in rollouts])
     return {

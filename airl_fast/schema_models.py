@@ -105,6 +105,11 @@ class DiscriminatorConfig:
     warmup_updates: Int = Field(
         default=30, ge=0, description="steps (of updates_per_step updates) before the policy moves"
     )
+    warmup_samples: bool = Field(
+        default=True,
+        description="before the policy moves its samples are negatives too; false: corrupted "
+        "demonstrations alone, and nothing is sampled",
+    )
     accuracy_throttle: Float = Field(
         default=1.0, gt=0, le=1, description="skip updates while the running accuracy is above it"
     )
@@ -124,6 +129,11 @@ class DiscriminatorConfig:
         default=("corrupt", "digit", "swap", "drop"),
         min_length=1,
         description="how: plant a wrong step, change a digit, swap two steps, drop one",
+    )
+    perturbed_spans: Literal["all", "changed"] = Field(
+        default="all",
+        description="negatives in a corrupted demonstration: all of its spans, or the first that "
+        "was changed (those before it are the demonstration's own)",
     )
     span_logp: Literal["sum", "mean"] = Field(
         default="sum", description="log pi (and the lm head's f) of a span from its tokens'"
@@ -190,6 +200,16 @@ class DiscriminatorConfig:
                 self.replay > 0 and self.replay_fraction == 0,
                 f"{mine}replay={self.replay} keeps traces that are never drawn; set "
                 f"{mine}replay_fraction above 0",
+            ),
+            (
+                not self.warmup_samples and self.perturbed_per_update == 0,
+                f"{mine}warmup_samples=false with {mine}perturbed_per_update=0 leaves no "
+                f"negatives; set {mine}perturbed_per_update to 1 or more",
+            ),
+            (
+                self.perturbed_spans == "changed" and self.perturbed_per_update == 0,
+                f"{mine}perturbed_spans=changed with {mine}perturbed_per_update=0: nothing is "
+                f"perturbed; remove it, or set {mine}perturbed_per_update to 1 or more",
             ),
             (
                 self.logit == "wgan" and self.label_smoothing > 0,

@@ -146,7 +146,8 @@ class Trainer:
             self._end_sft()
         algorithm, size = self.config.algorithm, self.config.sampling.group_size
         problems = self.data.problems(step, phase == BOTH)
-        rollouts = self._sample(problems, step)
+        sampled = phase == BOTH or self.config.discriminator.warmup_samples
+        rollouts = self._sample(problems, step) if sampled else []
         traces = [
             self.data.maker.trace(problems[i // size], rollout.completion, Source.POLICY, i // size)
             for i, rollout in enumerate(rollouts)
@@ -159,7 +160,8 @@ class Trainer:
         self.guards.saw(everything)
         logp = self._logp(everything)
         self.guards.saw(everything, logp)
-        metrics["sampler_mismatch"] = largest_mismatch(rollouts, logp[: len(rollouts)])
+        if rollouts:
+            metrics["sampler_mismatch"] = largest_mismatch(rollouts, logp[: len(rollouts)])
 
         if learner is not None:
             # Samples of prompts without a demonstration are left out: f would learn to tell the

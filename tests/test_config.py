@@ -155,6 +155,14 @@ CONTRADICTIONS = [
     (["discriminator.gguf_file=x.gguf"], r"needs discriminator\.model"),
     (["discriminator.replay_fraction=0.5"], r"set discriminator\.replay "),
     (["discriminator.replay=10"], r"discriminator\.replay_fraction above 0"),
+    (
+        ["discriminator.warmup_samples=false", "discriminator.perturbed_per_update=0"],
+        r"leaves no negatives; set discriminator\.perturbed_per_update to 1 or more",
+    ),
+    (
+        ["discriminator.perturbed_spans=changed", "discriminator.perturbed_per_update=0"],
+        "nothing is perturbed; remove it",
+    ),
     (["discriminator.logit=wgan"], r"set discriminator\.label_smoothing=0"),
     (
         [

@@ -57,11 +57,15 @@ def expected_energies(discriminator, policy, temperature=1.0):
     return energies, logps
 
 
-def expected_disc_loss(discriminator, policy, logit, *, smoothing=0.0, floor=None, temperature=1.0):
-    """Loss and statistics from the oracle, one trace at a time."""
+def expected_disc_loss(
+    discriminator, policy, logit, *, smoothing=0.0, floor=None, temperature=1.0, left_out=()
+):
+    """Loss and statistics from the oracle, one trace at a time; spans left out of both."""
     energies, logps = expected_energies(discriminator, policy, temperature)
     labels = [torch.full((len(t.span_lengths),), t.source == Source.EXPERT) for t in TRACES]
     f, logp, is_expert = torch.cat(energies), torch.cat(logps), torch.cat(labels)
+    kept = [i for i in range(len(f)) if i not in left_out]
+    f, logp, is_expert = f[kept], logp[kept], is_expert[kept]
     if floor is not None:
         logp = logp.clamp(min=floor)
     # Each class weighs half; a critic's means weigh one each, by definition.
@@ -118,6 +122,33 @@ def test_the_discriminators_update_is_the_oracles(head, logit, budget):
     assert stats["disc/logp_floored"] > 0
     assert_gradients(learner.optimiser.gradients[0], gradients(loss, discriminator.trainable()))
     assert all(p.grad is None for p in policy.trainable().values())
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("head", HEADS)
+def test_of_perturbed_traces_the_changed_span_alone_can_be_taught(head, budget):
+    policy = make_policy()
+    discriminator = make_discriminator(head, policy)
+    config = make_config(
+        "discriminator.perturbed_spans=changed",
+        f"discriminator.span_logp={discriminator.span_logp}",
+        "discriminator.logp_floor=null",
+        f"run.token_budget={budget}",
+        "sampling.max_new_tokens=8",
+    )
+    # The last trace is the perturbed one, and differs from its expert from the first action on.
+    assert [t.source for t in TRACES].index(Source.PERTURBED) == len(TRACES) - 1
+    assert TRACES[-1].completion[0] != TRACES[1].completion[0]
+    learner = DiscriminatorLearner(discriminator, policy, config)
+    learner.optimiser = Spy(discriminator.trainable())
+    metrics = learner.update(TRACES, logp_of(learner, TRACES))
+    if discriminator.body is not None:
+        discriminator.body.model.set_attn_implementation("eager")
+    spans = sum(len(trace.span_lengths) for trace in TRACES)
+    loss, stats = expected_disc_loss(discriminator, policy, "airl", left_out=[spans - 1])
+    assert metrics["disc/loss"] == pytest.approx(loss.item(), rel=1e-4, abs=1e-5)
+    assert metrics["disc/f_policy"] == pytest.approx(stats["disc/f_policy"], rel=1e-4, abs=1e-4)
+    assert_gradients(learner.optimiser.gradients[0], gradients(loss, discriminator.trainable()))
 
 
 def test_no_floor_leaves_log_pi_alone():

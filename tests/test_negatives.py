@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from airl_fast.negatives import KINDS, drop_step, perturb, replace_digit, swap_steps
+from airl_fast.negatives import KINDS, drop_step, perturb, replace_digit, swap_steps, told_apart
+from airl_fast.packing import Source, Trace
 from airl_fast.tasks.answers import wrong_number
 from airl_fast.tasks.arithmetic import Arithmetic, sample_problem
 
@@ -74,3 +75,32 @@ def test_text_level_edges():
     assert drop_step("a;", ";", rng) is None
     assert drop_step("a;b", ";", rng) == "b"
     assert all(replace_digit("10", ";", random.Random(i))[0] != "0" for i in range(50))
+
+
+def trace(completion, spans, source, group=0):
+    return Trace(prompt=(1,), completion=completion, span_lengths=spans, group=group, source=source)
+
+
+@pytest.mark.parametrize(
+    ("completion", "spans", "changed"),
+    [
+        ((1, 2, 3, 4, 9, 6), (2, 3, 1), 1),  # in the middle of a span
+        ((9, 2, 3, 4, 5, 6), (2, 3, 1), 0),
+        ((1, 2, 3, 4, 5, 9), (2, 3, 1), 2),
+        ((1, 2, 6), (2, 1), 1),  # a step dropped
+        ((1, 2), (1, 1), 1),  # it ends where the expert goes on
+        ((1, 2, 3, 4, 5, 6, 7), (2, 4, 1), 2),  # it goes on where the expert ends
+        ((1, 9, 3, 9, 5, 6), (2, 3, 1), 0),  # the first of two
+    ],
+)
+def test_of_a_perturbed_trace_the_first_changed_span_is_told_apart(completion, spans, changed):
+    traces = [
+        trace((1, 2, 3, 4, 5, 6), (2, 3, 1), Source.EXPERT),
+        trace((9,), (1,), Source.EXPERT, group=1),
+        trace((7, 8), (1, 1), Source.POLICY),
+        trace(completion, spans, Source.PERTURBED),
+    ]
+    told = told_apart(traces, "changed")
+    assert told[:3] == [[True] * 3, [True], [True] * 2]
+    assert [i for i, mine in enumerate(told[3]) if mine] == [changed]
+    assert told_apart(traces, "all") == [*told[:3], [True] * len(spans)]

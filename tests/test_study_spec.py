@@ -109,6 +109,8 @@ def test_costs_grow_with_what_is_run_and_are_corrected(tmp_path):
     one, other = plan(small, tmp_path), plan(large, tmp_path)
     assert costs.estimate(large, other[3]) > 2 * costs.estimate(small, one[3])
     assert costs.estimate(small, one[0]) == costs.estimate(large, other[0])
+    unsampled = load_study(made(tmp_path, TINY), None, ["discriminator.warmup_samples=false"])
+    assert costs.estimate(unsampled, one[3]) < costs.estimate(small, one[3])
     listed = costs.table(small, one)
     assert [(name, count) for name, count, _ in listed] == [
         ("arithmetic, SFT arm 1", 1), ("arithmetic, SFT arm 2", 1), ("arithmetic", 1),

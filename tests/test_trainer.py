@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from airl_fast import trainer as trainer_module
 from airl_fast.attention import standard_attention
 from airl_fast.learners import swapped
 from airl_fast.models import Discriminator, Policy
@@ -339,6 +340,28 @@ def test_replayed_traces_are_older_ones(tmp_path):
         assert all(t in kept for t in replayed)
         seen += fresh
     assert trainer.disc_learner.replay.traces == seen[-6:]
+
+
+def test_a_warm_up_without_samples_has_corrupted_demonstrations_alone(tmp_path, monkeypatch):
+    asked = []
+    draw = trainer_module.sample
+    monkeypatch.setattr(
+        trainer_module, "sample", lambda *a, **k: asked.append(k["seed"]) or draw(*a, **k)
+    )
+    settings = ("discriminator.warmup_samples=false", "discriminator.replay=6")
+    config = make_config(tmp_path, *settings, "discriminator.replay_fraction=1")
+    trainer = Watched(config)
+    metrics = trainer.train()
+    assert [m["phase"] for m in metrics] == ["sft", "discriminator", "policy", "policy"]
+    assert len(asked) == 2
+    sources = [{t.source for t in traces} for traces, _ in trainer.given["discriminator"]]
+    assert sources == [
+        {Source.EXPERT, Source.PERTURBED},
+        {Source.EXPERT, Source.PERTURBED, Source.POLICY},
+        {Source.EXPERT, Source.PERTURBED, Source.POLICY},
+    ]
+    assert "rollout/length" not in metrics[1]
+    assert "disc/loss" in metrics[1]
 
 
 def test_updates_per_step_and_the_number_of_updates(tmp_path):

@@ -24,7 +24,8 @@ def estimate(study: Study, cell: Cell) -> float:
         return training + candidates * config.task.validation * SAMPLED
     if cell.kind == "start":
         return 3 * _measuring(study, config)
-    own = config.run.steps * _policy_step(config) + config.warmup_steps * _disc_step(config)
+    warm_up = config.warmup_steps * _disc_step(config, sampled=config.discriminator.warmup_samples)
+    own = config.run.steps * _policy_step(config) + warm_up
     points = config.total_steps // study.curve_every
     per_sample = SAMPLED + 4 * FORWARD
     curves = points * config.task.validation * config.run.eval_samples * per_sample
@@ -41,10 +42,10 @@ def _planned_config(study: Study, cell: Cell) -> RunConfig:
     return study.config(cell.seed, cell.folder, study.start_of(variant), *given)
 
 
-def _disc_step(config: RunConfig) -> float:
-    """One step's own samples, and the discriminator's updates on them."""
+def _disc_step(config: RunConfig, *, sampled: bool = True) -> float:
+    """One step's own samples, if any, and the discriminator's updates on them."""
     disc = config.discriminator
-    samples = config.shown_prompts * config.sampling.group_size
+    samples = config.shown_prompts * config.sampling.group_size if sampled else 0
     seen = samples * (1 + disc.replay_fraction) + config.shown_prompts + disc.perturbed_per_update
     passes = disc.updates_per_step * (TRAINED + (FORWARD if disc.pair_weight else 0.0))
     return samples * SAMPLED + seen * (FORWARD + passes)
