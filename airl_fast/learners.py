@@ -125,7 +125,7 @@ class DiscriminatorLearner:
             floored += weight * float((logp != exact).sum())
             f = self.discriminator.f(batch, self._policy_hidden(batch))
             is_expert = (batch.source == Source.EXPERT).repeat_interleave(batch.cu_seq_spans.diff())
-            kept = torch.tensor([mine for i in indices for mine in told[i]], device=f.device)
+            kept = torch.tensor([taught for i in indices for taught in told[i]], device=f.device)
             loss = self.policy.world.agree(
                 partial(self._both_classes, f[kept], logp[kept], is_expert[kept], weight, sums)
             )
