@@ -112,10 +112,10 @@ class DiscriminatorLearner:
         The ranking loss crosses micro-batches: its gradient at the trace's scores is taken first,
         for all of them, and then goes through each micro-batch as a constant.
         """
-        told = told_apart(traces, self.config.perturbed_spans)
+        taught = told_apart(traces, self.config.perturbed_spans)
         spans = {True: 0, False: 0}
-        for trace, mine in zip(traces, told, strict=True):
-            spans[trace.source == Source.EXPERT] += sum(mine)
+        for trace, mask in zip(traces, taught, strict=True):
+            spans[trace.source == Source.EXPERT] += sum(mask)
         total, floored, sums = 0.0, 0.0, _Sums(spans)
         slopes, ranking = self._ranking(traces, action_logp)
         for indices, batch, weight in micro_batches(traces, self.token_budget, self.policy):
@@ -125,7 +125,7 @@ class DiscriminatorLearner:
             floored += weight * float((logp != exact).sum())
             f = self.discriminator.f(batch, self._policy_hidden(batch))
             is_expert = (batch.source == Source.EXPERT).repeat_interleave(batch.cu_seq_spans.diff())
-            kept = torch.tensor([taught for i in indices for taught in told[i]], device=f.device)
+            kept = torch.tensor([keep for i in indices for keep in taught[i]], device=f.device)
             loss = self.policy.world.agree(
                 partial(self._both_classes, f[kept], logp[kept], is_expert[kept], weight, sums)
             )

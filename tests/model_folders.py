@@ -6,19 +6,8 @@ import torch
 from transformers import AutoModelForCausalLM, CohereConfig, GraniteConfig, LlamaConfig, PhiConfig
 
 from airl_fast.packing import Source, Trace
-from tests.tiny_models import VOCAB, tiny_config, tiny_tokenizer
+from tests.tiny_models import SIZES, VOCAB, tiny_config, tiny_tokenizer
 
-SIZES = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 CONFIGS = {
     "llama": lambda: LlamaConfig(**SIZES),
     "qwen2": lambda: tiny_config("qwen2"),

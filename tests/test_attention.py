@@ -28,7 +28,7 @@ from airl_fast.attention import (
 from airl_fast.layout import layout_of
 from airl_fast.packing import Trace, pack
 
-from .tiny_models import TINY_MODELS, VOCAB, tiny_model
+from .tiny_models import SIZES, TINY_MODELS, VOCAB, tiny_model
 
 PROMPTS = (4, 1, 9, 6)
 COMPLETIONS = ((1, 7, 12), (3,), (1, 1, 20, 2), (5, 8))  # per prompt; sliding windows are 5
@@ -212,18 +212,7 @@ def test_bfloat16_is_as_close_as_transformers_own():
     assert (ours - truth).norm() <= 1.5 * (theirs - truth).norm()
 
 
-MOE = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "sliding_window": 5,
-    "pad_token_id": 0,
-    "eos_token_id": 2,
-}
+MOE = {**SIZES, "head_dim": 8, "sliding_window": 5}
 
 
 @pytest.mark.parametrize(

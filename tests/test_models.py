@@ -3,11 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from airl_fast.language_model import LanguageModel, Origin
 from airl_fast.models import Discriminator, Policy
@@ -16,7 +12,6 @@ from tests import oracle
 from tests.model_folders import (
     CONFIGS,
     HEADS,
-    SIZES,
     TRACES,
     assert_close,
     bits,
@@ -25,7 +20,7 @@ from tests.model_folders import (
     plain_logp,
     write_model,
 )
-from tests.tiny_models import tiny_model, tiny_tokenizer
+from tests.tiny_models import SIZES, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from transformers import (
 VOCAB = 61
 CHARACTERS = "0123456789+-*/=;:#.,?! abcdefghijklmnopqrstuvwxyz\n"
 
-_SIZES = {
+SIZES = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -36,14 +36,14 @@ _SIZES = {
 _LAYERS = ["sliding_attention", "full_attention"]
 
 _CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
-    "llama": lambda: LlamaConfig(**_SIZES),
-    "qwen2": lambda: Qwen2Config(**_SIZES),
-    "qwen3": lambda: Qwen3Config(**_SIZES, head_dim=8),
+    "llama": lambda: LlamaConfig(**SIZES),
+    "qwen2": lambda: Qwen2Config(**SIZES),
+    "qwen3": lambda: Qwen3Config(**SIZES, head_dim=8),
     "gemma2": lambda: Gemma2Config(
-        **_SIZES, head_dim=8, sliding_window=5, layer_types=_LAYERS, attn_logit_softcapping=0.5
+        **SIZES, head_dim=8, sliding_window=5, layer_types=_LAYERS, attn_logit_softcapping=0.5
     ),
-    "gemma3": lambda: Gemma3TextConfig(**_SIZES, head_dim=8, sliding_window=5, layer_types=_LAYERS),
-    "mistral": lambda: MistralConfig(**_SIZES, sliding_window=5),
+    "gemma3": lambda: Gemma3TextConfig(**SIZES, head_dim=8, sliding_window=5, layer_types=_LAYERS),
+    "mistral": lambda: MistralConfig(**SIZES, sliding_window=5),
     "gpt2": lambda: GPT2Config(
         vocab_size=VOCAB,
         n_embd=32,
