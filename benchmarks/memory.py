@@ -7,7 +7,9 @@ extra memory, results included. For this to be true to the allocations, the work
 MALLOC_MMAP_THRESHOLD_=65536 (buffers from 64 KiB up are returned to the system when they are freed,
 so nothing is served from an earlier call's leftovers) and MKL_DISABLE_FAST_MM=1 (the matrix
 library keeps none). The first call, which compiles and warms up, is not measured. Memory that is
-reserved and never written does not count. On systems other than Linux the columns stay empty.
+reserved and never written does not count. The kernel counts pages core by core and adds them up in
+batches, so a peak is known to within a few hundred KiB. On systems other than Linux the columns
+stay empty.
 """
 
 import gc
