@@ -47,6 +47,13 @@ def test_the_studies_that_ship_are_runnable_and_described(name):
         ([("algorithm.name=grpo", "run.seed=3")], "run.seed is set by the study"),
         ([("algorithm.name=grpo", "policy.model=x")], "policy.model is where the start's SFT"),
         ([("run.steps=3", "run.stepz=3")], "did you mean run.steps"),
+        (
+            [
+                ("run.steps=3", "algorithm.frozen_discriminator=true"),
+                ("name=grpo", "name=grpo, algorithm.frozen_discriminator=false"),
+            ],
+            "SFT of starts.arithmetic .*what only variants take belongs in theirs",
+        ),
         ([("temperatures: [1.0, 0.0]", "temperatures: [0.0]")], "expected 1 among them"),
         (
             [("algorithm.name=grpo", "discriminator.head=score, discriminator.trunk=policy")],

@@ -269,3 +269,11 @@ def _check_runs(source: str, study: Study) -> None:
                 f"{source}: variants.{name}: reward_from={variant.reward_from!r}, which learns "
                 "no reward; give a variant of algorithm.name=airl"
             )
+    for name in study.starts:
+        try:
+            study.config(study.seeds[0], Path("run"), name, "algorithm.name=sft")
+        except ConfigError as error:
+            raise ConfigError(
+                f"{source}: the SFT of starts.{name} has the overrides of the study and the start: "
+                f"{error}; what only variants take belongs in theirs"
+            ) from None
