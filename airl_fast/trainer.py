@@ -40,7 +40,13 @@ from airl_fast.rollout import Rollout, largest_mismatch, sample, summarise
 from airl_fast.run_folder import RunFolder, write_models
 from airl_fast.tasks import Task, load_task
 from airl_fast.training_data import TrainingData
-from airl_fast.validation import outcome_rewards, validate
+from airl_fast.validation import (
+    Samples,
+    outcome_rewards,
+    sample_validation,
+    traces_of,
+    validate,
+)
 
 SFT, DISCRIMINATOR, BOTH = "sft", "discriminator", "policy"
 
@@ -92,6 +98,7 @@ class Trainer:
 
         self.sft_steps, self.total_steps = config.sft_steps, config.total_steps
         self.step = 0
+        self._unmoved: Samples | None = None
         self.data = TrainingData(config, self.task, self.policy)
         self._share()
         self._prepare_learners()
@@ -325,13 +332,23 @@ class Trainer:
         )
         if not due or not self.data.validation:
             return
+        samples = self._validation_samples()
+        traces = traces_of(samples, self.data.maker)
         with self._scoring():
             models = self.policy, self.discriminator
-            found, traces = validate(self.config, self.task, self.data, *models)
-        metrics |= found
+            metrics |= validate(samples, traces, *models, run.token_budget)
         if run.eval_kl and self.reference:
             own, start = per_trace_sum(self._logp(traces)), self._reference_logp(traces)
             metrics["valid/kl"] = (own - per_trace_sum(start)).mean().item()
+
+    def _validation_samples(self) -> Samples:
+        """Sampled once while f warms up: the policy is the same, and so is the seed."""
+        if self._unmoved is not None and self._phase(self.step - 1) == DISCRIMINATOR:
+            return self._unmoved
+        samples = sample_validation(self.config, self.task, self.data, self.policy)
+        stays = self._phase(self.step) == DISCRIMINATOR
+        self._unmoved = samples if stays else None
+        return samples
 
     def _record(self, metrics: dict[str, Any], *, save: bool) -> None:
         def recorded() -> bool:

@@ -65,38 +65,46 @@ def sample_problems(
     )
 
 
-def validate(
-    config: RunConfig,
-    task: Task,
-    data: TrainingData,
-    policy: LanguageModel,
-    discriminator: Discriminator | None,
-) -> tuple[dict[str, float], list[Trace]]:
-    """pass@1 on a run's validation problems, f there and how well it tells right from wrong.
-
-    Returns:
-        The metrics, and the samples as traces.
-    """
-    run, sampling = config.run, config.sampling
-    samples = sample_problems(
+def sample_validation(
+    config: RunConfig, task: Task, data: TrainingData, policy: LanguageModel
+) -> Samples:
+    """Completions of a run's validation problems: from the same seed whenever it is called."""
+    return sample_problems(
         policy,
         task,
         data.validation,
-        group_size=run.eval_samples,
-        max_new_tokens=sampling.max_new_tokens,
-        seed=run.seed,
-        temperature=sampling.temperature,
-        stop=sampling.stop,
+        group_size=config.run.eval_samples,
+        max_new_tokens=config.sampling.max_new_tokens,
+        seed=config.run.seed,
+        temperature=config.sampling.temperature,
+        stop=config.sampling.stop,
     )
+
+
+def validate(
+    samples: Samples,
+    traces: Sequence[Trace],
+    policy: LanguageModel,
+    discriminator: Discriminator | None,
+    token_budget: int,
+) -> dict[str, float]:
+    """pass@1 of the samples, f there and how well it tells right from wrong.
+
+    Args:
+        samples: of validation problems.
+        traces: the same, of ``traces_of``.
+        policy: sampled them; a discriminator may read its states.
+        discriminator: gives f, if there is one.
+        token_budget: of one pass.
+    """
     metrics = {"valid/pass@1": samples.accuracy}
-    traces = traces_of(samples, data.maker)
     if discriminator is not None:
-        energies = span_energies(discriminator, policy, traces, run.token_budget)
+        energies = span_energies(discriminator, policy, traces, token_budget)
         score, right = per_trace_sum(energies).cpu(), samples.correct.flatten()
         metrics["valid/f"] = score.mean().item()
         if right.any() and not right.all():
             metrics["valid/auc_f"] = auc(score.numpy(), right.numpy())
-    return metrics, traces
+    return metrics
 
 
 def traces_of(samples: Samples, maker: TraceMaker) -> list[Trace]:

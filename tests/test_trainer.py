@@ -11,7 +11,7 @@ from airl_fast.learners import swapped
 from airl_fast.models import Discriminator, Policy
 from airl_fast.packing import pack
 from airl_fast.trainer import Trainer
-from airl_fast.validation import sample_problems
+from airl_fast.validation import sample_problems, sample_validation, validate
 from tests import oracle
 from tests.watched import (
     LORA,
@@ -290,6 +290,29 @@ def test_evaluation_happens_when_due(tmp_path):
     for line in metrics:
         if "valid/pass@1" in line:
             assert line["valid/pass@1"] * 16 == pytest.approx(round(line["valid/pass@1"] * 16))
+
+
+def test_evaluations_while_f_warms_up_share_samples_that_are_the_policys(tmp_path, monkeypatch):
+    drawn = []
+
+    def drawing(*given):
+        drawn.append(trainer.step)
+        return sample_validation(*given)
+
+    def comparing(samples, *others):
+        anew = sample_validation(trainer.config, trainer.task, trainer.data, trainer.policy)
+        used, fresh = ([r.completion for r in each.rollouts] for each in (samples, anew))
+        assert used == fresh
+        return validate(samples, *others)
+
+    monkeypatch.setattr("airl_fast.trainer.sample_validation", drawing)
+    monkeypatch.setattr("airl_fast.trainer.validate", comparing)
+    fast = ["policy.warmup_steps=0", "policy.learning_rate=3e-3", "algorithm.sft_warmup=2"]
+    given = [*fast, "run.eval_every=1", "discriminator.warmup_updates=3", "run.steps=2"]
+    trainer = Trainer(make_config(tmp_path, *given))
+    metrics = trainer.train()
+    assert all("valid/pass@1" in line for line in metrics)
+    assert drawn == [1, 2, 6, 7]  # after each step that moved the policy
 
 
 def test_evaluations_measure_the_kl_from_the_warm_start(tmp_path):
