@@ -47,8 +47,8 @@ def invented(tmp_path):
                     "locate": {"log pi": draw[0], "f": draw[1]},
                     "auc": {"log pi": 0.5, "f": 0.5 + cell.seed / 10}, "chance": 0.25,
                 }  # fmt: skip
-            curves = {"valid/pass@1": [[0, 0.1 * cell.seed], [5, 0.5]],
-                      "valid/kl": [[0, 0.0], [5, 1.0 + cell.seed]]}  # fmt: skip
+            curves = {"valid/pass@1": [[0, 0.1 * cell.seed], [5, 0.5], [9, 0.6]],
+                      "valid/kl": [[0, 0.0], [5, 1.0 + cell.seed], [9, 5.0]]}  # fmt: skip
             if cell.name == "GRPO":  # no reward is trained before the policy moves
                 curves = {key: points[1:] for key, points in curves.items()}
             write_result(cell, {"measured": measured(*draw), "curves": curves, **uses})
@@ -82,9 +82,23 @@ def test_means_spreads_and_differences(invented):
     assert curve[0] == (0, pytest.approx(0.1), 0.0, pytest.approx(0.2))
     assert at["AIRL"].curves["valid/kl"][1] == (5, 2.0, 1.0, 3.0)
     # It begins at what was measured of the start, at temperature 1.
-    assert [point[0] for point in at["GRPO"].curves["valid/pass@1"]] == [0, 5]
+    assert [point[0] for point in at["GRPO"].curves["valid/pass@1"]] == [0, 5, 9]
     assert at["GRPO"].curves["valid/pass@1"][0][1:] == pytest.approx((0.1, 0.1, 0.1))
     assert at["GRPO"].curves["valid/kl"][0] == (0, 0.0, 0.0, 0.0)
+
+
+def test_what_was_measured_at_the_start_and_the_end_alone_is_not_drawn(invented, tmp_path):
+    study, cells, folder = invented
+    for cell in cells:
+        if cell.done and cell.kind == "variant":
+            found = cell.result()
+            ends = {k: [p for p in v if p[0] != 5] for k, v in found["curves"].items()}
+            write_result(cell, found | {"curves": ends})
+    page = tmp_path / "mine.md"
+    write_page(folder, "mine", "About it.", study, collect(study, cells), {}, page)
+    assert page.read_text() == (folder / "results.md").read_text()
+    assert not page.with_suffix("").exists()
+    assert "against KL" not in (folder / "report.html").read_text()
 
 
 def test_verdicts_follow_the_interval():

@@ -194,7 +194,10 @@ def _less(ways: Mapping[str, dict[int, list[float]]], first: str, second: str) -
 
 
 def _charts(study: Study, results: StudyResults) -> list[Chart]:
-    """Against policy steps, and accuracy against KL; of the seeds' mean, with their range."""
+    """Against policy steps, and accuracy against KL; of the seeds' mean, with their range.
+
+    None of what was measured at the start and the end alone: that is in the tables.
+    """
     rows = {row.name: row for row in results.rows if row.curves}
     plots = study.plots or {"All": tuple(study.variants)[:6]}
     charts = []
@@ -202,7 +205,7 @@ def _charts(study: Study, results: StudyResults) -> list[Chart]:
         shown = [rows[name] for name in names if name in rows]
         for key, label in _LABELS.items():
             series = [_against_steps(row, key) for row in shown if key in row.curves]
-            if series:
+            if any(len(one.x) > 2 for one in series):
                 charts.append(
                     Chart(
                         title=f"{title}: {label}",
@@ -236,7 +239,7 @@ def _against_kl(row: Row) -> Series | None:
         for step, value, *_ in row.curves["valid/pass@1"]
         if step in kl and step >= 0
     ]
-    if len(points) < 2:
+    if len(points) < 3:
         return None
     x, y = zip(*points, strict=True)
     return Series(name=row.name, x=x, y=y)
@@ -250,6 +253,8 @@ def _markdown(table: Table) -> str:
 
 
 def _plots(page: Path, charts: Sequence[Chart]) -> str:
+    if not charts:
+        return ""
     folder = page.parent / page.stem
     lines = ["\n## Curves", "", "Means over the seeds; bands from the lowest to the highest.", ""]
     make_folder(folder)
@@ -257,4 +262,4 @@ def _plots(page: Path, charts: Sequence[Chart]) -> str:
         file = folder / f"{folder_name(chart.title)}.png"
         save_chart(file, chart)
         lines += [f"![{chart.title}]({folder.name}/{file.name})", ""]
-    return "\n".join(lines) if charts else ""
+    return "\n".join(lines)
