@@ -79,7 +79,7 @@ class DiscriminatorLearner:
             body,
             head=head,
             learning_rate=self.config.learning_rate,
-            head_learning_rate=self.config.head_learning_rate,
+            head_learning_rate=self.config.head_rate,
             weight_decay=self.config.weight_decay,
             betas=self.config.betas,
             clip_norm=self.config.clip_norm,

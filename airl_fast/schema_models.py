@@ -63,8 +63,10 @@ class DiscriminatorConfig:
     lora_rank: Int = Field(default=0, ge=0, description="rank of the adapters; 0: full weights")
     lora_alpha: Int = Field(default=16, ge=1, description="scale of the adapters")
     learning_rate: Float = Field(default=2e-4, gt=0, description="AdamW, the highest rate")
-    head_learning_rate: Float = Field(
-        default=1e-2, gt=0, description="AdamW, for kappa and offset or the score rows"
+    head_learning_rate: Float | None = Field(
+        default=None,
+        gt=0,
+        description="AdamW, for the head; null: 1e-2 for kappa and offset, 1e-3 for score rows",
     )
     final_lr_fraction: Float = Field(
         default=1.0,
@@ -138,6 +140,12 @@ class DiscriminatorConfig:
     span_logp: Literal["sum", "mean"] = Field(
         default="sum", description="log pi (and the lm head's f) of a span from its tokens'"
     )
+
+    @property
+    def head_rate(self) -> float:
+        """``head_learning_rate``, or what goes with the head."""
+        default = {"lm": 1e-2, "score": 1e-3}[self.head]
+        return default if self.head_learning_rate is None else self.head_learning_rate
 
     @model_validator(mode="after")
     def _check(self) -> "DiscriminatorConfig":

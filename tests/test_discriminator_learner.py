@@ -282,6 +282,22 @@ def test_the_discriminators_rate_ends_at_its_share_after_the_runs_updates():
     assert moved[0][6] == 0
 
 
+@pytest.mark.parametrize(
+    ("head", "given", "rate"), [("lm", [], 1e-2), ("score", [], 1e-3), ("score", ["3e-4"], 3e-4)]
+)
+def test_the_heads_own_rate_is_the_largest_step_of_its_first_update(head, given, rate):
+    """AdamW's first step is the rate wherever there is a gradient to speak of."""
+    policy = make_policy()
+    options = [f"discriminator.head={head}"]
+    options += [f"discriminator.head_learning_rate={one}" for one in given]
+    made = make_discriminator(head, policy)
+    learner = DiscriminatorLearner(made, policy, make_config(*options))
+    before = {n: p.detach().clone() for n, p in made.head_parameters().items()}
+    learner.update(TRACES, logp_of(learner, TRACES))
+    steps = [(p.detach() - before[n]).abs().max() for n, p in made.head_parameters().items()]
+    assert max(steps).item() == pytest.approx(rate, rel=1e-2)
+
+
 def logp_of(learner, traces, temperature=1.0):
     return action_logp(learner.policy, traces, 4096, temperature)
 
