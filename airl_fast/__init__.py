@@ -42,8 +42,8 @@ _HOME = {
     "Trace": "packing",
     "pack": "packing",
     # models, training, scoring
-    "Policy": "models",
-    "Discriminator": "models",
+    "Policy": "policy",
+    "Discriminator": "discriminator",
     "RewardScorer": "scorer",
     "Trainer": "trainer",
     "RunConfig": "config",

@@ -19,14 +19,15 @@ from torch import Tensor
 from airl_fast.batches import derive_seed
 from airl_fast.comparison import AuditError, Comparison
 from airl_fast.config import RunConfig
+from airl_fast.discriminator import Discriminator
 from airl_fast.language_model import Head, LanguageModel
 from airl_fast.learners import FORMS, Metrics, PolicyLearner, combine_logp
-from airl_fast.models import Discriminator, Policy
 from airl_fast.ops._head import LinearHead, present
 from airl_fast.ops.discriminator_loss import discriminator_loss
 from airl_fast.ops.dispatch import backend, serving
 from airl_fast.packing import PackedBatch, Source, Trace, pack
 from airl_fast.planning import plan_traces
+from airl_fast.policy import Policy
 from airl_fast.rounding import gradient_rounding
 
 __all__ = ["Audit", "AuditError"]

@@ -9,8 +9,9 @@ import torch
 
 from airl_fast.batches import derive_seed
 from airl_fast.config import RunConfig
+from airl_fast.discriminator import Discriminator
 from airl_fast.loading_checks import default_device
-from airl_fast.models import Discriminator, Policy
+from airl_fast.policy import Policy
 from airl_fast.reward_folder import reward_folder
 
 

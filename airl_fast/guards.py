@@ -17,12 +17,13 @@ from typing import Any
 from torch import Tensor
 
 from airl_fast.config import RunConfig
+from airl_fast.discriminator import Discriminator
 from airl_fast.faults import Batch, Fault, load_fault, save_fault
-from airl_fast.models import Discriminator, Policy
 from airl_fast.ops._finite import NonFiniteValueError
 from airl_fast.optimisation import NonFiniteGradientError
 from airl_fast.packing import Trace
 from airl_fast.passes import action_logp, span_energies
+from airl_fast.policy import Policy
 from airl_fast.watches import GuardError, Watches
 
 __all__ = ["Fault", "GuardError", "Guards", "NonFiniteError", "load_fault"]

@@ -18,9 +18,9 @@ from torch.nn.functional import softplus
 
 from airl_fast.batches import Replay
 from airl_fast.config import RunConfig
+from airl_fast.discriminator import Discriminator
 from airl_fast.distributed import place_like
 from airl_fast.language_model import Head, LanguageModel
-from airl_fast.models import Discriminator
 from airl_fast.negatives import told_apart
 from airl_fast.ops.discriminator_loss import discriminator_loss
 from airl_fast.ops.linear_policy_loss import PolicyLossStats, linear_policy_loss

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from airl_fast.discriminator import Discriminator
 from airl_fast.language_model import LanguageModel
-from airl_fast.models import Discriminator
 from airl_fast.ops.segments import segment_sum
 from airl_fast.packing import PackedBatch, Trace, pack
 from airl_fast.planning import plan_traces

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from airl_fast.attention import Continuation
+from airl_fast.discriminator import Discriminator
 from airl_fast.encoding import EncodedPair
 from airl_fast.invariance import SCORE_COLUMNS, least_rows, padded, widths
 from airl_fast.language_model import LanguageModel
 from airl_fast.layout import attend_separately
-from airl_fast.models import Discriminator
 from airl_fast.ops._cpu_head import alike_tiles
 from airl_fast.ops.segments import segment_last, segment_mean, segment_sum
 from airl_fast.packing import PackedBatch, Trace, pack

@@ -12,11 +12,11 @@ import numpy as np
 from airl_fast.batches import TraceMaker, encode
 from airl_fast.building import load_measured
 from airl_fast.config import RunConfig
+from airl_fast.discriminator import Discriminator
 from airl_fast.evaluation import auc, best_of_n, locate_accuracy, majority_vote
 from airl_fast.language_model import LanguageModel
 from airl_fast.learners import combine_logp
 from airl_fast.measuring import draw
-from airl_fast.models import Discriminator
 from airl_fast.packing import Source, Trace
 from airl_fast.passes import action_logp, offsets, per_trace_sum, span_energies
 from airl_fast.spans import span_offsets, span_rule

@@ -28,10 +28,11 @@ from airl_fast.checkpoint import (
     save_checkpoint,
 )
 from airl_fast.config import RunConfig, load_config, save_config
+from airl_fast.discriminator import Discriminator
 from airl_fast.distributed import World
 from airl_fast.durable import explained, flush, make_folder, sweep, whole_folder, write_text
-from airl_fast.models import Discriminator, Policy
 from airl_fast.parsing import parse_object, shown
+from airl_fast.policy import Policy
 from airl_fast.tasks import Task
 
 # What may differ between a run and its continuation: nothing that the weights depend on, but for

@@ -15,10 +15,11 @@ import torch
 
 from airl_fast.alignment import Aligner
 from airl_fast.calibration import Calibration
+from airl_fast.discriminator import Discriminator
 from airl_fast.encoding import Completion, EncodedPair, PairEncoder, Prompt
 from airl_fast.language_model import LanguageModel
 from airl_fast.loading_checks import known_device
-from airl_fast.models import Discriminator, Policy
+from airl_fast.policy import Policy
 from airl_fast.ranking import (
     AnswerReader,
     Method,

@@ -22,6 +22,7 @@ from airl_fast.audit import Audit
 from airl_fast.batches import Problem, derive_seed
 from airl_fast.building import create_discriminator, load_policy
 from airl_fast.config import RunConfig, check_is_config
+from airl_fast.discriminator import Discriminator
 from airl_fast.distributed import World, gathered, join
 from airl_fast.guards import Guards
 from airl_fast.learners import (
@@ -32,10 +33,10 @@ from airl_fast.learners import (
     copy_parameters,
     swapped,
 )
-from airl_fast.models import Discriminator, Policy
 from airl_fast.optimisation import Optimiser
 from airl_fast.packing import Source, Trace
 from airl_fast.passes import action_logp, offsets, per_trace_sum, span_energies
+from airl_fast.policy import Policy
 from airl_fast.rollout import Rollout, largest_mismatch, sample, summarise
 from airl_fast.run_folder import RunFolder, write_models
 from airl_fast.tasks import Task, load_task

@@ -15,8 +15,8 @@ from airl_fast.batches import (
 )
 from airl_fast.config import RunConfig
 from airl_fast.distributed import World
-from airl_fast.models import Policy
 from airl_fast.packing import Trace
+from airl_fast.policy import Policy
 from airl_fast.spans import span_rule
 from airl_fast.tasks import Task
 

@@ -9,9 +9,9 @@ import torch
 
 from airl_fast.batches import Problem, TraceMaker, derive_seed
 from airl_fast.config import RunConfig
+from airl_fast.discriminator import Discriminator
 from airl_fast.evaluation import auc
 from airl_fast.language_model import LanguageModel
-from airl_fast.models import Discriminator
 from airl_fast.packing import Source, Trace
 from airl_fast.passes import per_trace_sum, span_energies
 from airl_fast.rollout import Rollout, sample

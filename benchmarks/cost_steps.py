@@ -14,9 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from airl_fast.advantages import token_advantages
 from airl_fast.config import load_config
+from airl_fast.discriminator import Discriminator
 from airl_fast.language_model import LanguageModel, Origin
 from airl_fast.learners import DiscriminatorLearner, PolicyLearner
-from airl_fast.models import Discriminator
 from airl_fast.optimisation import Optimiser
 from airl_fast.packing import Source, Trace
 from airl_fast.passes import action_logp, offsets, span_energies

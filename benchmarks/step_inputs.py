@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from airl_fast.config import RunConfig, load_config
+from airl_fast.discriminator import Discriminator
 from airl_fast.language_model import LanguageModel, Origin
 from airl_fast.learners import DiscriminatorLearner, PolicyLearner
-from airl_fast.models import Discriminator
 from airl_fast.optimisation import Optimiser
 from airl_fast.packing import Trace
 from benchmarks.harness import Outputs

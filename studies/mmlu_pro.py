@@ -28,9 +28,10 @@ from airl_fast.batches import Shuffled
 from airl_fast.building import create_discriminator, load_policy
 from airl_fast.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from airl_fast.config import RunConfig, load_config
+from airl_fast.discriminator import Discriminator
 from airl_fast.learners import DiscriminatorLearner
-from airl_fast.models import Discriminator, Policy
 from airl_fast.passes import action_logp, span_energies
+from airl_fast.policy import Policy
 from airl_fast.spans import span_rule
 from airl_fast.tasks.choices import SENTENCES
 from studies.mmlu_pro_analysis import analyse

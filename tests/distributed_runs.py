@@ -22,9 +22,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from airl_fast.config import load_config
 from airl_fast.distributed import World, clip_grad_norm_, join, leave
 from airl_fast.loading import resolve
-from airl_fast.models import Policy
 from airl_fast.ops import dispatch
 from airl_fast.packing import Trace, pack
+from airl_fast.policy import Policy
 from airl_fast.rollout import sample
 from airl_fast.run_folder import RunFolder, write_models
 from airl_fast.tasks import arithmetic  # noqa: F401

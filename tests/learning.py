@@ -3,8 +3,8 @@
 import torch
 
 from airl_fast.config import load_config
+from airl_fast.discriminator import Discriminator
 from airl_fast.language_model import LanguageModel, Origin
-from airl_fast.models import Discriminator
 from airl_fast.packing import Source, Trace
 from tests.tiny_models import VOCAB, tiny_model, tiny_tokenizer
 

@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 from airl_fast.best import METRIC, Best, BestSoFar, read_best
 from airl_fast.cli import main
 from airl_fast.config import load_config
+from airl_fast.discriminator import Discriminator
 from airl_fast.export import export_run
-from airl_fast.models import Discriminator, Policy
+from airl_fast.policy import Policy
 from airl_fast.trainer import Trainer
 from tests.watched import StoppedError, bits, make_config, stop_at, without_seconds
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from airl_fast.config import load_config
-from airl_fast.models import Policy
+from airl_fast.policy import Policy
 from airl_fast.trainer import Trainer
 from tests.watched import (
     LORA,

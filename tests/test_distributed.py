@@ -11,11 +11,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from airl_fast.discriminator import Discriminator
 from airl_fast.distributed import World, join
 from airl_fast.guards import load_fault
-from airl_fast.models import Discriminator, Policy
 from airl_fast.packing import Trace
 from airl_fast.passes import micro_batches
+from airl_fast.policy import Policy
 from tests import distributed_runs as runs
 from tests.distributed_runs import in_processes, train, write_model
 

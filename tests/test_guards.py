@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from airl_fast.cli import main
+from airl_fast.discriminator import Discriminator
 from airl_fast.guards import NonFiniteError, load_fault
-from airl_fast.models import Discriminator
 from airl_fast.packing import Source
 from airl_fast.passes import span_energies
 from airl_fast.trainer import Trainer

@@ -8,10 +8,11 @@ import torch
 
 from airl_fast.building import load_measured, load_policy
 from airl_fast.config import load_config
+from airl_fast.discriminator import Discriminator
 from airl_fast.loading import add_adapter, load_language_model, resolve
 from airl_fast.metadata import read_metadata
-from airl_fast.models import Discriminator, Policy
 from airl_fast.packing import Trace, pack
+from airl_fast.policy import Policy
 from airl_fast.trainer import Trainer
 from tests.tiny_models import CHARACTERS, VOCAB, tiny_model
 

@@ -5,9 +5,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from airl_fast.discriminator import Discriminator
 from airl_fast.language_model import LanguageModel, Origin
-from airl_fast.models import Discriminator, Policy
 from airl_fast.packing import pack
+from airl_fast.policy import Policy
 from tests import oracle
 from tests.model_folders import (
     CONFIGS,

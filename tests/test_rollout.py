@@ -6,10 +6,11 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from airl_fast.discriminator import Discriminator
 from airl_fast.language_model import LanguageModel, Origin
-from airl_fast.models import Discriminator, Policy
 from airl_fast.packing import Trace
 from airl_fast.passes import action_logp
+from airl_fast.policy import Policy
 from airl_fast.rollout import sample
 from tests.tiny_models import tiny_model, tiny_tokenizer
 

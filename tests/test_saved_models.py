@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from airl_fast.models import Discriminator, Policy
+from airl_fast.discriminator import Discriminator
 from airl_fast.packing import pack
+from airl_fast.policy import Policy
 from tests.model_folders import (
     HEADS,
     TRACES,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from airl_fast.models import Discriminator
+from airl_fast.discriminator import Discriminator
 from airl_fast.trainer import Trainer
 from tests.watched import OWN_TRUNK, Watched, assert_same, bits, changed, make_config
 

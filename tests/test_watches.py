@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from airl_fast.discriminator import Discriminator
 from airl_fast.guards import GuardError
-from airl_fast.models import Discriminator, Policy
 from airl_fast.packing import Source
+from airl_fast.policy import Policy
 from airl_fast.rollout import distinct_ngrams, sample
 from airl_fast.trainer import Trainer
 from airl_fast.watches import Watches

@@ -10,12 +10,13 @@ from airl_fast import linear_logprob, linear_policy_loss
 from airl_fast.ops import _gpu_head, _triton
 from airl_fast.ops._gpu_rows import gradient_view, row_head
 from tests import oracle
-from tests.ops.test_linear_logprob import (
+from tests.ops.head_calls import (
     HEADS,
     assert_as_good_as_plain,
+    fused,
     inputs,
     plain_torch,
-    upstream,
+    results,
 )
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -24,18 +25,6 @@ ids = {"ids": lambda x: str(x).removeprefix("torch.")}
 
 def on(device, *tensors):
     return tuple(t.detach().to(device).requires_grad_(t.requires_grad) for t in tensors)
-
-
-def results(function, tensors, *, wanted, **options):
-    hidden, weight, targets, bias = tensors
-    outputs = function(hidden, weight, targets, bias=bias, **options)
-    ups = upstream(len(hidden)).to(hidden.device)
-    grads = [g.to(o.dtype) for g, o in zip(ups, outputs, strict=True)]
-    return [*outputs, *torch.autograd.grad(outputs, wanted, grads)]
-
-
-def fused(*args, **options):
-    return linear_logprob(*args, return_entropy=True, **options)
 
 
 @pytest.fixture
@@ -50,9 +39,9 @@ def small_chunks(monkeypatch):
 def test_forward_and_gradients_are_as_good_as_plain_torch(head, dtype, device):
     tensors = on(device, *inputs(9, 1031, width=37, dtype=dtype))
     wanted = [tensors[0], tensors[1], tensors[3]]
-    got = results(fused, tensors, wanted=wanted, **HEADS[head])
-    naive = results(plain_torch, tensors, wanted=wanted, **HEADS[head])
-    truth = results(oracle.linear_logprob, tensors, wanted=wanted, **HEADS[head])
+    got = results(fused, tensors, wanted, **HEADS[head])
+    naive = results(plain_torch, tensors, wanted, **HEADS[head])
+    truth = results(oracle.linear_logprob, tensors, wanted, **HEADS[head])
     assert_as_good_as_plain(got, naive, truth, dtype)
 
 

@@ -9,76 +9,27 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from airl_fast import linear_logprob
-from airl_fast.ops import _cpu_gradients, _cpu_head, _head
+from airl_fast.ops import _head
 from tests import oracle
+from tests.ops.head_calls import (
+    HEADS,
+    assert_as_good_as_plain,
+    fused,
+    inputs,
+    plain_torch,
+    results,
+    upstream,
+)
 
 pytestmark = pytest.mark.usefixtures("served_by")
-
-HEADS = {
-    "plain": {},
-    "temperature": {"temperature": 0.7},
-    "softcap": {"softcap": 3.0},
-    "logit_scale": {"logit_scale": 0.3},
-    "steep": {"temperature": 0.25, "logit_scale": 3.0},
-    "all": {"temperature": 1.3, "softcap": 5.0, "logit_scale": 1.7},
-}
 
 
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Four rows of 1,031 logits to a chunk, more of a smaller vocabulary."""
     monkeypatch.setattr(_head, "CHUNK_BYTES", 4 * 4 * 1031)
-
-
-def inputs(n, vocab, width=6, dtype=torch.float32, seed=0, ignored=0.25):
-    """Hidden, weight, targets and bias; logits of a few units."""
-    g = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(n, width, generator=g).to(dtype).requires_grad_()
-    weight = torch.randn(vocab, width, generator=g).to(dtype).requires_grad_()
-    bias = torch.randn(vocab, generator=g).to(dtype).requires_grad_()
-    targets = torch.randint(0, vocab, (n,), generator=g)
-    targets[torch.rand(n, generator=g) < ignored] = -100
-    return hidden, weight, targets, bias
-
-
-def upstream(n, seed=1):
-    return torch.randn(2, n, generator=torch.Generator().manual_seed(seed))
-
-
-def results(function, tensors, wanted, **options):
-    """logp and entropy, and the gradients at ``wanted`` for non-unit upstream gradients."""
-    hidden, weight, targets, bias = tensors
-    outputs = function(hidden, weight, targets, bias=bias, **options)
-    grads = [g.to(o.dtype) for g, o in zip(upstream(len(hidden)), outputs, strict=True)]
-    return [*outputs, *torch.autograd.grad(outputs, wanted, grads)]
-
-
-def fused(*args, **options):
-    return linear_logprob(*args, return_entropy=True, **options)
-
-
-def plain_torch(hidden, weight, targets, *, bias, temperature=1.0, softcap=None, logit_scale=1.0):
-    """What one would write by hand, every step in the dtype of the inputs."""
-    z = (hidden @ weight.T + bias) * logit_scale
-    z = z if softcap is None else softcap * torch.tanh(z / softcap)
-    log_p = (z / temperature).log_softmax(-1)
-    kept = targets != -100
-    logp = log_p.gather(1, targets.where(kept, 0)[:, None]).squeeze(1)
-    entropy = -(log_p.exp() * log_p).sum(-1)
-    return logp.where(kept, 0), entropy.where(kept, 0)
-
-
-def assert_as_good_as_plain(got, naive, truth, dtype):
-    """Each result errs at most twice as much as plain torch's, plus a few units of rounding."""
-    for a, b, exact in zip(got, naive, truth, strict=True):
-        assert a.shape == exact.shape
-        if exact.numel():
-            slack = 16 * torch.finfo(dtype).eps * max(1.0, exact.abs().max().item())
-            bound = 2 * (b.double() - exact).abs().max().item() + slack
-            assert (a.double() - exact).abs().max().item() <= bound
 
 
 def close(found, exact):
@@ -215,25 +166,6 @@ def test_gradients_reach_exactly_the_inputs_that_require_them(needs):
             assert torch.equal(leaf.grad, expected)
 
 
-def products(run):
-    """How many matrix products ``run`` does."""
-    with profile(activities=[ProfilerActivity.CPU]) as recorded:
-        run()
-    names = ("aten::mm", "aten::addmm", "aten::addmm_")
-    return sum(event.count for event in recorded.key_averages() if event.key in names)
-
-
-def test_backward_computes_only_what_is_required():
-    hidden, weight, targets, _ = inputs(9, 13)
-
-    def run():
-        linear_logprob(hidden, weight, targets).sum().backward()
-
-    assert products(run) == 4  # logits, logits again, d hidden, d weight
-    weight.requires_grad_(False)
-    assert products(run) == 3
-
-
 @pytest.mark.parametrize("output", [0, 1])
 def test_one_result_used_without_the_other(output):
     tensors = inputs(9, 13)
@@ -298,54 +230,6 @@ def test_huge_logits_stay_within_bounds(size, dtype):
     tied = (targets[20:] >= 25) == (size > 0)
     torch.testing.assert_close(logp[20:][tied], torch.full((int(tied.sum()),), -math.log(25)))
     torch.testing.assert_close(entropy[20:], torch.full((20,), math.log(25)))
-
-
-@pytest.mark.parametrize("head", [HEADS["plain"], HEADS["all"]], ids=["plain", "all"])
-def test_no_logits_matrix_is_ever_held(head, served_by, monkeypatch):
-    n, vocab, rows = 640, 1031, 16
-    monkeypatch.setattr(_head, "CHUNK_BYTES", 4 * vocab * rows)
-    hidden, weight, targets, bias = inputs(n, vocab)
-
-    def run():
-        logp, entropy = fused(hidden, weight, targets, bias=bias, **head)
-        (logp + entropy).sum().backward()
-
-    peak, largest = memory(run)
-    chunk = 4 * vocab * rows
-    inputs_bytes = 4 * (hidden.numel() + weight.numel() + 2 * vocab)
-    assert largest <= chunk
-    buffers = 1 if served_by == "cpu" else 3 if "softcap" in head else 2
-    assert peak <= buffers * chunk + 4 * inputs_bytes
-    assert 4 * n * vocab > 5 * peak
-
-
-def memory(run):
-    """Peak of live bytes above the start, and the largest allocation, while ``run`` runs."""
-    run()  # leaves gradients in place, and out of the account
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        run()
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak, max(event.nbytes() for event in events)
-
-
-def test_chunk_rows_states_its_budget(served_by):
-    if served_by == "cpu":
-        assert _cpu_gradients.chunk_rows(151_936, 0) == 220
-        assert _cpu_gradients.chunk_rows(49_152, 2 * 576) == 667
-        assert _cpu_gradients.chunk_rows(10**9, 0) == 1
-        for shape in ((2048, 49_152, 576), (10**6, 128_256, 2048), (1, 10**9, 1), (9, 7, 10**9)):
-            (rows, columns), (count, vocab, width) = _cpu_head.tile_shape(*shape), shape
-            assert 1 <= rows <= count
-            assert 1 <= columns <= vocab
-            assert max(rows * columns, rows * width, columns * width) <= max(2**22, width)
-        return
-    assert _head.chunk_rows(151_936) * 151_936 * 4 <= 128 * 2**20
-    assert _head.chunk_rows(151_936) == 220
-    assert _head.chunk_rows(10**9) == 1
 
 
 @pytest.mark.parametrize("ignored", [0.0, 0.4])

@@ -8,95 +8,18 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch.profiler import ProfilerActivity, profile
 
-from airl_fast import PolicyLossStats, linear_logprob, linear_policy_loss
+from airl_fast import PolicyLossStats, linear_policy_loss
 from airl_fast.ops import _head
 from tests import oracle
+from tests.ops.policy_loss_calls import HEAD, LENGTHS, UPSTREAM, composed, gradients, inputs, leaves
 
 pytestmark = pytest.mark.usefixtures("served_by")
-
-# A sequence of one action, an empty one, one longer than a small chunk, one ignored throughout.
-LENGTHS = (1, 3, 0, 9, 2, 4)
-HEAD = {"temperature": 1.3, "softcap": 5.0, "logit_scale": 1.7}
-UPSTREAM = -2.5
 
 
 @pytest.fixture(params=[5, 10**6], ids=["many_chunks", "one_chunk"])
 def chunks(request, monkeypatch):
     monkeypatch.setattr(_head, "CHUNK_BYTES", 4 * 13 * request.param)
-
-
-def inputs(lengths=LENGTHS, vocab=13, width=6, dtype=torch.float32, seed=0, ignored=0.2):
-    """The tensors of a call, by name; ratios that leave the clip range on both sides."""
-    g = torch.Generator().manual_seed(seed)
-    n = sum(lengths)
-    hidden, weight = torch.randn(n, width, generator=g), torch.randn(vocab, width, generator=g)
-    bias = torch.randn(vocab, generator=g)
-    targets = torch.randint(0, vocab, (n,), generator=g)
-    targets[torch.rand(n, generator=g) < ignored] = -100
-    if len(lengths) > 1 and ignored > 0:
-        targets[sum(lengths[:-2]) : sum(lengths[:-1])] = -100
-    logp, _ = oracle.linear_logprob(hidden, weight, targets, bias=bias)
-    return {
-        "hidden": hidden.to(dtype).requires_grad_(),
-        "weight": weight.to(dtype).requires_grad_(),
-        "targets": targets,
-        "advantages": torch.randn(n, generator=g),
-        "cu_seqs": torch.tensor([0, *lengths]).cumsum(0).int(),
-        "old_logp": logp.float() + 0.5 * torch.randn(n, generator=g),
-        "ref_logp": logp.float() + 0.5 * torch.randn(n, generator=g),
-        "bias": bias.to(dtype).requires_grad_(),
-    }
-
-
-def leaves(tensors):
-    return [tensors["hidden"], tensors["weight"], tensors["bias"]]
-
-
-def composed(
-    hidden,
-    weight,
-    targets,
-    advantages,
-    *,
-    cu_seqs,
-    old_logp=None,
-    ref_logp=None,
-    clip_low=0.2,
-    clip_high=0.2,
-    delta=None,
-    beta=0.0,
-    entropy_coef=0.0,
-    importance="token",
-    aggregation="token",
-    normaliser=None,
-    **head,
-):
-    """The loss written with linear_logprob and autograd."""
-    logp, entropy = linear_logprob(hidden, weight, targets, return_entropy=True, **head)
-    sequence = torch.arange(len(cu_seqs) - 1).repeat_interleave(cu_seqs.diff())
-    kept = targets != -100
-    member = (sequence[:, None] == torch.arange(len(cu_seqs) - 1)) & kept[:, None]  # [N, B]
-    member = member[:, member.any(0)].float()
-    mean = member / member.sum(0)
-    log_rho = logp - (logp.detach() if old_logp is None else old_logp)
-    if importance == "sequence":
-        log_rho = member @ (mean.T @ log_rho)
-    rho = log_rho.exp()
-    bounded = rho.clamp(1 - clip_low, 1 + clip_high)
-    rho = rho if delta is None else rho.clamp(max=delta)
-    loss = -torch.minimum(rho * advantages, bounded * advantages)
-    if beta:
-        loss = loss + beta * ((ref_logp - logp).exp() - (ref_logp - logp) - 1)
-    loss = loss - entropy_coef * entropy
-    if aggregation == "token":
-        return loss[kept].mean()
-    return (mean.T @ loss).mean() if aggregation == "sequence" else loss[kept].sum() / normaliser
-
-
-def gradients(loss, wanted):
-    return torch.autograd.grad(loss * UPSTREAM, wanted)
 
 
 @pytest.mark.parametrize("head", [{}, HEAD], ids=["plain", "all_head_options"])
@@ -281,73 +204,6 @@ def test_a_gradient_that_was_not_computed_is_never_taken_for_zero():
     )[0]
     with pytest.raises(RuntimeError, match="gradient at weight was not computed"):
         loss.backward()
-
-
-def products(run):
-    """How many rows go through a matrix product with the weight, however they are cut."""
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
-        run()
-    work = 0
-    for event in seen.key_averages(group_by_input_shape=True):
-        factors = {"aten::mm": (0, 1), "aten::addmm": (1, 2), "aten::addmm_": (1, 2)}
-        if event.key in factors:
-            (m, k), (_, n) = (event.input_shapes[i] for i in factors[event.key])
-            work += event.count * m * k * n
-    return work / (13 * 6)
-
-
-@pytest.mark.parametrize("importance", ["token", "sequence"])
-def test_three_matrix_products_in_all(importance):
-    tensors = inputs()
-
-    def run():
-        loss, _ = linear_policy_loss(**tensors, importance=importance, entropy_coef=0.1)
-        if loss.requires_grad:
-            loss.backward()
-
-    kept = int((tensors["targets"] != -100).sum())
-    assert products(run) == 3 * kept
-    tensors["weight"].requires_grad_(False)
-    assert products(run) == 2 * kept
-    with torch.no_grad():
-        assert products(run) == kept
-
-
-def test_only_a_sequence_longer_than_a_chunk_is_read_twice(monkeypatch):
-    monkeypatch.setattr(_head, "CHUNK_BYTES", 4 * 13 * 5)
-    tensors = inputs((2, 3, 4, 1, 7), ignored=0)  # the longest is read twice
-
-    def run():
-        linear_policy_loss(**tensors, importance="sequence")[0].backward()
-
-    assert products(run) == 3 * 17 + 7
-    tensors = inputs((2, 3, 4, 1), ignored=0)
-    assert products(run) == 3 * 10
-
-
-@pytest.mark.parametrize("importance", ["token", "sequence"])
-def test_no_logits_matrix_is_ever_held(importance, served_by, monkeypatch):
-    vocab, rows = 1031, 16
-    chunk = 4 * vocab * rows
-    monkeypatch.setattr(_head, "CHUNK_BYTES", chunk)
-    tensors = inputs((300, 10, 5, 325), vocab=vocab)
-    size = 4 * sum(t.numel() for t in tensors.values())
-
-    def run():
-        loss, _ = linear_policy_loss(**tensors, importance=importance, entropy_coef=0.1)
-        loss.backward()
-
-    run()  # leaves gradients in place, and out of the account
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        run()
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    assert max(event.nbytes() for event in events) <= chunk
-    assert peak <= (1 if served_by == "cpu" else 2) * chunk + 4 * size
-    assert 4 * 640 * vocab > 5 * peak
 
 
 @pytest.mark.parametrize("importance", ["token", "sequence"])

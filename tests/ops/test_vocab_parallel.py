@@ -14,7 +14,7 @@ from airl_fast.ops._head import LinearHead
 from airl_fast.ops._vocab_shard import forward_for, read_shard
 from tests import oracle
 from tests.ops import vocab_parallel_worker as worker
-from tests.ops.test_linear_logprob import assert_as_good_as_plain, plain_torch
+from tests.ops.head_calls import assert_as_good_as_plain, plain_torch
 
 CASES = [
     pytest.param(case, ranks, f"{name}, {ranks}", id=f"{name}-{ranks}")

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from airl_fast import RewardScorer, cli
-from airl_fast.models import Discriminator, Policy
+from airl_fast.discriminator import Discriminator
+from airl_fast.policy import Policy
 from tests.robustness.table import Answered, CommandRefused
 from tests.tiny_reward import save_reward
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from airl_fast.config import TaskConfig, load_config
-from airl_fast.models import Policy
 from airl_fast.negatives import perturb
+from airl_fast.policy import Policy
 from airl_fast.tasks import arithmetic, encode_completion, encode_prompt, load_task
 from airl_fast.tasks.base import Example
 from airl_fast.tasks.countdown import (
