@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from airl_fast.checkpoint import flatten_optimizer, restore_optimizer
 from airl_fast.distributed import World, clip_grad_norm_, local_piece, sum_gradients
 from airl_fast.ops._deferred import raise_failed
+from airl_fast.optimizer_state import flatten_optimizer, restore_optimizer
 
 
 class NonFiniteGradientError(FloatingPointError):

@@ -94,13 +94,10 @@ def split_kernel(
     GROUP: tl.constexpr,  # row blocks that read a split of the weight one after the other
 ):
     """Leave the statistics of BM rows over one split of the vocabulary in ``partial``."""
-    rowblocks = tl.cdiv(count, BM)
-    splits = tl.cdiv(vocab, TILES * BN)
-    program = tl.program_id(0)
-    group = program // (GROUP * splits)
-    members = tl.minimum(rowblocks - group * GROUP, GROUP)
-    block = group * GROUP + (program % (GROUP * splits)) % members
-    split = (program % (GROUP * splits)) // members
+    block = tl.program_id(2) * GROUP + tl.program_id(0)
+    split, splits = tl.program_id(1), tl.num_programs(1)
+    if block * BM >= count:  # the last group may have fewer blocks
+        return
 
     # 64-bit offsets to the block and the tile, 32 bits within: a tile's pointers fit registers.
     place = tl.minimum(tl.arange(0, BM), count - 1 - block * BM)  # repeats are not stored
@@ -115,7 +112,8 @@ def split_kernel(
     taken = tl.where(target < 0, float("nan"), 0.0)
     left = split * TILES * BN
     w_start = weight + left.to(tl.int64) * weight_stride
-    for start in range(left, tl.minimum(left + TILES * BN, vocab), BN):
+    end = tl.minimum(left + TILES * BN, vocab)
+    for start in range(left, end, BN):
         near = tl.minimum(tl.arange(0, BN), vocab - 1 - start)  # what lies past the end is masked
         w_offset = near[None, :] * weight_stride + inside[:, None]
         a = tl.zeros((BM, BN), tl.float32)
@@ -158,6 +156,7 @@ def split_kernel(
         w_start += BN * weight_stride
 
     row = block * BM + tl.arange(0, BM)
+    split = (end - 1) // (TILES * BN)  # found again: kept, it would take a register of the loop's
     out = partial + split.to(tl.int64) * count + row
     stored = row < count
     part = splits.to(tl.int64) * count
@@ -245,7 +244,9 @@ def read_head(
         part = slice(first, min(first + limit, len(targets)))
         x = hidden[part if index is None else index[part]]
         with on_device(hidden):
-            split_kernel[(triton.cdiv(len(x), config.BM) * splits,)](
+            blocks = triton.cdiv(len(x), config.BM)
+            grid = (min(config.GROUP, blocks), splits, triton.cdiv(blocks, config.GROUP))
+            split_kernel[grid](
                 x,
                 weight,
                 weight if head.bias is None else head.bias,

@@ -12,13 +12,12 @@ import torch
 
 from airl_fast.checkpoint import (
     CheckpointError,
-    flatten_optimizer,
     latest_checkpoint,
     load_checkpoint,
-    restore_optimizer,
     save_checkpoint,
     verify_checkpoint,
 )
+from airl_fast.optimizer_state import flatten_optimizer, restore_optimizer
 
 
 def tensors():
