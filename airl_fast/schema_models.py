@@ -49,7 +49,7 @@ class DiscriminatorConfig:
         default=None,
         min_length=1,
         description="folder of a run with a reward, or its reward/: f starts from it (or stays it, "
-        "with algorithm.frozen_discriminator), and is that of no policy",
+        "with algorithm.frozen_discriminator) instead of as a copy of the policy",
     )
     trunk: Literal["own", "shared", "policy"] = Field(
         default="own",

@@ -26,7 +26,7 @@ def describe() -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "memory_gib": _memory_gib(),
-        "system": f"{platform.system()} {platform.release()}",
+        "system": f"{platform.system()} {platform.release().partition('-')[0]}",
         "versions": {
             "airl_fast": f"{airl_fast.__version__} ({_commit()})",
             "python": platform.python_version(),

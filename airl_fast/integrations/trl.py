@@ -136,7 +136,8 @@ class DenseGRPOTrainer(GRPOTrainer):
 
     The scorer's rewards, one a span at the granularity that it was trained for, are discounted to
     go, a baseline is taken from the group, and every token gets its span's advantage
-    (``airl_fast.token_advantages``). The policy's own token ids are scored, prompt and completion.
+    (``airl_fast.advantages.token_advantages``). The policy's own token ids are scored, prompt and
+    completion.
 
     Other ``reward_funcs`` are added, times ``args.reward_weights``, to the last span of their
     completion; the scorer's weight is 1. ``args.scale_rewards`` is "group" or "none". TRL logs
