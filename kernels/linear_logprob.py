@@ -134,25 +134,28 @@ def split_kernel(
                 a = tl.dot(x_tile, w_tile, a)
 
         # In pieces, one after the other: all at once would not fit the registers.
-        pieces = halved(a)
-        for i in tl.static_range(2):
-            halves = halved(pieces[i])
-            for j in tl.static_range(2):
-                quarters = halved(halves[j])
-                for k in tl.static_range(2):
-                    largest, total, gap, taken = take_in(
-                        quarters[k],
-                        (largest, total, gap, taken),
-                        target,
-                        bias,
-                        start + (4 * i + 2 * j + k) * (BN // 8),
-                        vocab,
-                        inner,
-                        outer,
-                        HAS_BIAS,
-                        CAPPED,
-                        ENTROPY,
-                    )
+        SIDES: tl.constexpr = 2 if BN > 128 else 1
+        sides = halved(a) if SIDES == 2 else (a,)
+        for h in tl.static_range(SIDES):
+            pieces = halved(sides[h])
+            for i in tl.static_range(2):
+                halves = halved(pieces[i])
+                for j in tl.static_range(2):
+                    quarters = halved(halves[j])
+                    for k in tl.static_range(2):
+                        largest, total, gap, taken = take_in(
+                            quarters[k],
+                            (largest, total, gap, taken),
+                            target,
+                            bias,
+                            start + (8 * h + 4 * i + 2 * j + k) * (BN // SIDES // 8),
+                            vocab,
+                            inner,
+                            outer,
+                            HAS_BIAS,
+                            CAPPED,
+                            ENTROPY,
+                        )
         w_start += BN * weight_stride
 
     row = block * BM + tl.arange(0, BM)
