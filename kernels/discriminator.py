@@ -196,7 +196,9 @@ def _inputs(
     label_smoothing: float,
     temperature: float,
 ) -> tuple[Tensor, ...]:
-    numbers = torch.tensor([label_smoothing, temperature], dtype=torch.float64, device=f.device)
+    # Filled on the GPU: a tensor made of Python's numbers would be copied there, and waited for.
+    numbers = torch.full((2,), label_smoothing, dtype=torch.float64, device=f.device)
+    numbers[1:].fill_(temperature)
     w = f if weight is None else weight.contiguous()
     return f.contiguous(), logp.contiguous(), is_expert.to(torch.int8).contiguous(), w, numbers
 

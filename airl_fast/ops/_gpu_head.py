@@ -130,7 +130,7 @@ class GPUHead:
         if self._dtype != torch.float16 or not given:
             return None
         exponent = torch.frexp(torch.stack(given).amax()).exponent
-        return torch.ldexp(self._buffer.new_tensor(2 * _HALF_ROOM), -exponent)
+        return torch.ldexp(self._buffer.new_full((), 2 * _HALF_ROOM), -exponent)
 
     def unscale(self, scale: Tensor | None) -> None:
         """Divide the gradients by the power of two that the coefficients were multiplied by."""

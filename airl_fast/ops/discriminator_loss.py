@@ -15,7 +15,7 @@ from airl_fast.ops import _cuda_spans, _triton
 from airl_fast.ops._arguments import require_tensors
 from airl_fast.ops._deferred import refuse_where
 from airl_fast.ops._head import present
-from airl_fast.ops.dispatch import implements, pick
+from airl_fast.ops.dispatch import implements, pick, register_autograd
 from airl_fast.ops.segments import check_finite, check_option, check_vector, cpu_serves
 
 FORMS = ("airl", "logit", "wgan")
@@ -268,7 +268,7 @@ def _gradient(
     return grad * _normalised(w) * (d - target) / temperature
 
 
-_loss.register_autograd(_backward, setup_context=_keep)
+register_autograd(_loss, _backward, setup_context=_keep)
 
 
 # Backend "cpu": csrc/discriminator.cpp.

@@ -12,13 +12,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import wraps
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 _ENV = "AIRL_FAST_BACKEND"
+Backward = TypeVar("Backward", bound=Callable[..., Any])
 forced_backend: ContextVar[str | None] = ContextVar("airl_fast_backend", default=None)
 
 
@@ -98,6 +100,34 @@ def backend(name: str) -> Iterator[None]:
         yield
     finally:
         forced_backend.reset(token)
+
+
+def register_autograd(
+    op: Any, backward: Callable[..., Any], *, setup_context: Callable[..., None]
+) -> None:
+    """As ``op.register_autograd``; what was forced in the forward is forced in its backward, too.
+
+    Autograd goes backward over CUDA tensors in threads of its own, which see no ContextVar.
+    """
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.forced_backend = forced_backend.get()
+        setup_context(ctx, inputs, output)
+
+    op.register_autograd(forced_as_before(backward), setup_context=keep)
+
+
+def forced_as_before(backward: Backward) -> Backward:
+    """A backward that forces ``ctx.forced_backend``, unless that is None."""
+
+    @wraps(backward)
+    def run(ctx: Any, *grads: Any) -> Any:
+        if ctx.forced_backend is None:
+            return backward(ctx, *grads)
+        with backend(ctx.forced_backend):
+            return backward(ctx, *grads)
+
+    return cast(Backward, run)
 
 
 @dataclass(frozen=True)

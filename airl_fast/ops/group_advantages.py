@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from airl_fast.ops._arguments import require_tensors
-from airl_fast.ops.dispatch import implements, pick
+from airl_fast.ops.dispatch import implements, pick, register_autograd
 from airl_fast.ops.segments import check_finite, check_option, check_vector
 
 BASELINES = ("mean", "leave_one_out", "none")
@@ -144,4 +144,4 @@ def _backward(ctx: Any, grad: Tensor, _owner: None) -> tuple[Tensor, None, None,
     return dr.to(rewards.dtype), None, None, None
 
 
-_advantages.register_autograd(_backward, setup_context=_keep)
+register_autograd(_advantages, _backward, setup_context=_keep)

@@ -23,7 +23,7 @@ from airl_fast.ops._head import (
     no_autocast,
     present,
 )
-from airl_fast.ops.dispatch import implements, pick
+from airl_fast.ops.dispatch import implements, pick, register_autograd
 
 
 @overload
@@ -232,7 +232,7 @@ def _backward(ctx: Any, d_logp: Tensor | None, d_entropy: Tensor | None) -> tupl
     return d_hidden, d_weight, None, d_bias, None, None, None, None, None
 
 
-_linear_logprob.register_autograd(_backward, setup_context=_setup_context)
+register_autograd(_linear_logprob, _backward, setup_context=_setup_context)
 
 
 @implements("linear_logprob", "reference")

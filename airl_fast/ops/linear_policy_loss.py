@@ -41,7 +41,7 @@ from airl_fast.ops._policy_terms import (
     op_outputs,
     pieces,
 )
-from airl_fast.ops.dispatch import implements, pick
+from airl_fast.ops.dispatch import implements, pick, register_autograd
 
 
 class PolicyLossStats(NamedTuple):
@@ -315,7 +315,7 @@ def _scaled(gradient: Tensor, d_loss: Tensor) -> Tensor:
     return d_loss * gradient
 
 
-_linear_policy_loss.register_autograd(_backward, setup_context=_setup_context)
+register_autograd(_linear_policy_loss, _backward, setup_context=_setup_context)
 
 
 @implements("linear_policy_loss", "reference")

@@ -15,7 +15,7 @@ from airl_fast import _C
 from airl_fast.ops import _cuda_spans, _triton
 from airl_fast.ops._arguments import require_number
 from airl_fast.ops._eager import recorded
-from airl_fast.ops.dispatch import implements, pick
+from airl_fast.ops.dispatch import implements, pick, register_autograd
 from airl_fast.ops.segments import (
     address,
     check_finite,
@@ -91,7 +91,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
     return dx.to(ctx.dtype), None, None, None
 
 
-_returns.register_autograd(_backward, setup_context=_keep)
+register_autograd(_returns, _backward, setup_context=_keep)
 
 _returns_recorded = recorded(_C.eager_returns, _returns, _keep, _backward)
 

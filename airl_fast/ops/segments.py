@@ -18,7 +18,7 @@ from airl_fast.ops._arguments import require_tensors
 from airl_fast.ops._deferred import defers, refuse_where, sound_offsets
 from airl_fast.ops._eager import recorded
 from airl_fast.ops._finite import NonFiniteValueError
-from airl_fast.ops.dispatch import implements, pick
+from airl_fast.ops.dispatch import implements, pick, register_autograd
 
 
 def segment_sum(x: Tensor, cu: Tensor) -> Tensor:
@@ -277,10 +277,10 @@ def _softmax_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     return dx.to(ctx.dtype), None
 
 
-_sum.register_autograd(_sum_backward, setup_context=_keep_inputs)
-_mean.register_autograd(_mean_backward, setup_context=_keep_inputs)
-_last.register_autograd(_last_backward, setup_context=_keep_inputs)
-_softmax.register_autograd(_softmax_backward, setup_context=_keep_output)
+register_autograd(_sum, _sum_backward, setup_context=_keep_inputs)
+register_autograd(_mean, _mean_backward, setup_context=_keep_inputs)
+register_autograd(_last, _last_backward, setup_context=_keep_inputs)
+register_autograd(_softmax, _softmax_backward, setup_context=_keep_output)
 
 _sum_recorded = recorded(_C.eager_sum, _sum, _keep_inputs, _sum_backward)
 _mean_recorded = recorded(_C.eager_mean, _mean, _keep_inputs, _mean_backward)

@@ -30,6 +30,7 @@ from airl_fast.ops._vocab_shard import (
     read_shard,
     shard_gradients,
 )
+from airl_fast.ops.dispatch import forced_as_before, forced_backend
 
 _NAME = "vocab_parallel_linear_logprob"
 
@@ -281,11 +282,12 @@ class _VocabParallel(torch.autograd.Function):
         if not shard.return_entropy:
             ctx.mark_non_differentiable(whole[1])
         ctx.save_for_backward(hidden, weight, bias, local, owned, *whole[1:])
-        ctx.shard = shard
+        ctx.shard, ctx.forced_backend = shard, forced_backend.get()
         return whole[0], whole[1]
 
     @staticmethod
     @once_differentiable
+    @forced_as_before
     def backward(ctx: Any, d_logp: Tensor | None, d_entropy: Tensor | None) -> tuple[Any, ...]:
         """``d z_k = d_logp (1[k = target] - p_k) - d_entropy p_k (log p_k + H)``, shard by shard.
 

@@ -118,9 +118,9 @@ PYBIND11_MODULE(_cuda, m) {
          std::uintptr_t stats, std::uintptr_t logp, std::uintptr_t entropy,
          const std::optional<Plan>& plan) {
         const auto rows = chunk_of(chunk);
-        const auto device = gpu::select_device(std::get<0>(where));
+        const gpu::OnDevice device(std::get<0>(where));
         gpu::read_rows(rows, head_of(head), at<const std::int64_t>(targets),
-                       plan ? plan_of(*plan) : gpu::plan_read(rows, device),
+                       plan ? plan_of(*plan) : gpu::plan_read(rows, device.describe()),
                        at<gpu::RowStats>(stats), at<float>(logp), at<float>(entropy),
                        stream_of(where));
       },
@@ -131,7 +131,7 @@ PYBIND11_MODULE(_cuda, m) {
       "differentiate_rows",
       [](const Where& where, const Chunk& chunk, const Head& head, std::uintptr_t targets,
          std::uintptr_t stats, std::uintptr_t d_logp, std::uintptr_t d_entropy, int gradient) {
-        gpu::select_device(std::get<0>(where));
+        const gpu::OnDevice device(std::get<0>(where));
         gpu::differentiate_rows(chunk_of(chunk), head_of(head), at<const std::int64_t>(targets),
                                 at<const gpu::RowStats>(stats), at<const float>(d_logp),
                                 at<const float>(d_entropy), element_of(gradient),
@@ -147,11 +147,11 @@ PYBIND11_MODULE(_cuda, m) {
          const std::tuple<float, float, float, float, float>& options, std::uintptr_t logp,
          std::uintptr_t entropy, int gradient, const std::optional<Plan>& plan) {
         const auto rows = chunk_of(chunk);
-        const auto device = gpu::select_device(std::get<0>(where));
+        const gpu::OnDevice device(std::get<0>(where));
         const auto& [advantages, old_logp, ref_logp, share] = actions;
         const auto& [clip_low, clip_high, delta, beta, entropy_coef] = options;
         gpu::policy_rows(rows, head_of(head), at<const std::int64_t>(targets),
-                         plan ? plan_of(*plan) : gpu::plan_policy(rows, device),
+                         plan ? plan_of(*plan) : gpu::plan_policy(rows, device.describe()),
                          {at<const float>(advantages), at<const float>(old_logp),
                           at<const float>(ref_logp), at<const float>(share)},
                          {clip_low, clip_high, delta, beta, entropy_coef}, at<float>(logp),
@@ -164,7 +164,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def(
       "segment_sum",
       [](const Where& where, const Vector& x, const Cuts& cu, bool mean, std::uintptr_t out) {
-        gpu::select_device(std::get<0>(where));
+        const gpu::OnDevice device(std::get<0>(where));
         gpu::segment_sum(vector_of(x), cuts_of(cu), mean, at<float>(out), stream_of(where));
       },
       py::arg("where"), py::arg("x"), py::arg("cu"), py::arg("mean"), py::arg("out"));
@@ -172,7 +172,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def(
       "segment_last",
       [](const Where& where, const Vector& x, const Cuts& cu, std::uintptr_t out) {
-        gpu::select_device(std::get<0>(where));
+        const gpu::OnDevice device(std::get<0>(where));
         gpu::segment_last(vector_of(x), cuts_of(cu), at<float>(out), stream_of(where));
       },
       py::arg("where"), py::arg("x"), py::arg("cu"), py::arg("out"));
@@ -180,7 +180,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def(
       "segment_softmax",
       [](const Where& where, const Vector& x, const Cuts& cu, std::uintptr_t out) {
-        gpu::select_device(std::get<0>(where));
+        const gpu::OnDevice device(std::get<0>(where));
         gpu::segment_softmax(vector_of(x), cuts_of(cu), at<float>(out), stream_of(where));
       },
       py::arg("where"), py::arg("x"), py::arg("cu"), py::arg("out"));
@@ -189,7 +189,7 @@ PYBIND11_MODULE(_cuda, m) {
       "discounted_scan",
       [](const Where& where, const Vector& x, const Cuts& cu, double gamma, bool forwards,
          std::uintptr_t out) {
-        gpu::select_device(std::get<0>(where));
+        const gpu::OnDevice device(std::get<0>(where));
         gpu::discounted_scan(vector_of(x), cuts_of(cu), gamma, forwards, at<float>(out),
                              stream_of(where));
       },
@@ -201,7 +201,7 @@ PYBIND11_MODULE(_cuda, m) {
       [](const Where& where, const Chunk& hidden, std::uintptr_t weight, std::uintptr_t bias,
          int rows, float gamma, const Cuts& cu, const Cuts& sequences, std::uintptr_t logp,
          bool mean, std::uintptr_t f, std::uintptr_t reward) {
-        gpu::select_device(std::get<0>(where));
+        const gpu::OnDevice device(std::get<0>(where));
         gpu::score_spans(
             {chunk_of(hidden), at<const float>(weight), at<const float>(bias), rows, gamma},
             cuts_of(cu), cuts_of(sequences), at<const float>(logp), mean, at<float>(f),
@@ -217,7 +217,7 @@ PYBIND11_MODULE(_cuda, m) {
       "discriminator_loss",
       [](const Where& where, const Discriminator& all, std::uintptr_t scratch,
          std::uintptr_t out) {
-        gpu::select_device(std::get<0>(where));
+        const gpu::OnDevice device(std::get<0>(where));
         gpu::discriminator_loss(spans_of(all), options_of(all), at<double>(scratch),
                                 at<double>(out), stream_of(where));
       },
@@ -227,7 +227,7 @@ PYBIND11_MODULE(_cuda, m) {
       "discriminator_gradient",
       [](const Where& where, const Discriminator& all, std::uintptr_t grad,
          std::uintptr_t scratch, std::uintptr_t out) {
-        gpu::select_device(std::get<0>(where));
+        const gpu::OnDevice device(std::get<0>(where));
         gpu::discriminator_gradient(spans_of(all), options_of(all), at<const double>(grad),
                                     at<double>(scratch), at<double>(out), stream_of(where));
       },

@@ -12,8 +12,21 @@ struct Device {
   int processors;             // multiprocessors
 };
 
-// Makes a device the current one of this thread. Throws std::runtime_error.
-Device select_device(int index);
+// Makes a device the current one of this thread for as long as it lives; then the one before it is
+// that again. Its constructor and `describe` throw std::runtime_error.
+class OnDevice {
+ public:
+  explicit OnDevice(int index);
+  ~OnDevice();
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+  Device describe() const;
+
+ private:
+  int index_;
+  int before_ = 0;
+};
 
 struct LaunchShape {
   std::int64_t blocks;  // a multiple of cluster

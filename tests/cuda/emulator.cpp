@@ -3,6 +3,8 @@
 
 namespace airl_fast::gpu {
 
-Device select_device(int) { return {9, 227 * 1024, 4}; }
+OnDevice::OnDevice(int index) : index_(index) {}
+OnDevice::~OnDevice() = default;
+Device OnDevice::describe() const { return {9, 227 * 1024, 4}; }
 
 }  // namespace airl_fast::gpu

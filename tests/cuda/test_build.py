@@ -142,7 +142,7 @@ def test_the_extension_needs_no_gpu_to_be_imported_and_says_what_cuda_says():
         pytest.skip("with a GPU there is nothing to refuse")
     cuda = _cuda_extension.extension()
     assert cuda.architectures
-    with pytest.raises(RuntimeError, match="cudaSetDevice: cudaError"):
+    with pytest.raises(RuntimeError, match="cudaGetDevice: cudaError"):
         cuda.segment_last((0, 0), (0, 1), (0, 1, 1), 0)
 
 
