@@ -28,13 +28,14 @@ class Prepared:
     Attributes:
         call: what is timed; returns whatever the formulation returns.
         read: turns that into the case's outputs, in the case's layout; not timed.
-        reset: undoes what the last call changed; before every call, not timed.
+        reset: undoes what calls in place changed; before every sample, not timed. Of a sample of
+            several calls all but the first work on results; what is checked is one more call.
         parts: seconds of the parts of a call, from what it returned.
     """
 
     call: Callable[[], Any]
     read: Callable[[Any], Outputs] = lambda outputs: outputs
-    reset: Callable[[], None] = lambda: None
+    reset: Callable[[], None] | None = None
     parts: Callable[[Any], Mapping[str, float]] = lambda outputs: {}
 
 

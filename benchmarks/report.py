@@ -77,6 +77,7 @@ def _preamble(results: Results) -> list[str]:
         *(["- The run was interrupted: some cases are missing."] if "interrupted" in env else []),
         *([f"- tests before timing: {env['tests']}"] if "tests" in env else []),
         *[f"- left out for want of time: {key}" for key in env.get("left_out", [])],
+        *[f"- **failed**: {line}" for line in env.get("failed", [])],
         *(["- QUICK RUN: tiny shapes, the times mean nothing."] if settings.quick else []),
     ]
 

@@ -86,11 +86,28 @@ class _Live:
 
     def sample(self, repeats: int = 1) -> Any:
         """Time ``repeats`` calls and return what the last of them gave."""
-        self.prepared.reset()
+        self.reset()
         seconds, result = _sample(self.prepared.call, self.variant.context, repeats)
         self.seconds.append(seconds)
         self.parts.append(self.prepared.parts(result))
         return result
+
+    def reset(self) -> None:
+        """Undo what calls changed."""
+        if self.prepared.reset is not None:
+            self.prepared.reset()
+
+    def once_more(self, result: Any) -> Any:
+        """The result of a call on the inputs as they are: the last one, unless it is in place."""
+        if self.prepared.reset is None:
+            return result
+        self.reset()
+        with self.variant.context():
+            return self.prepared.call()
+
+    def fail(self, error: Exception) -> None:
+        """Take the speed from the row, which says why."""
+        self.row.status, self.row.reason = "failed", _said(error)
 
     def forget(self) -> None:
         """Drop the samples: they were the warm-up."""
@@ -139,15 +156,24 @@ def _warmed(
         row.status, row.reason = "unavailable", str(reason)
     except Exception as error:  # a peer may fail in any way; the row says how
         row.status = "unavailable" if "was forced but cannot serve" in str(error) else "failed"
-        row.reason = f"{type(error).__name__}: {str(error).strip()[:300]}"
+        row.reason = _said(error)
     else:
         if _accept(case, live, outputs, expected, where):
             del outputs
-            if not variant.once:
-                live.forget()
+            if variant.once:
+                return live
+            live.forget()
+            try:
                 _note_gpu_memory(live)
-            return live
+            except Exception as error:  # as above
+                live.fail(error)
+            else:
+                return live
     return None
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip()[:300]}"
 
 
 def _note_gpu_memory(live: _Live) -> None:
@@ -163,7 +189,7 @@ def _note_gpu_memory(live: _Live) -> None:
     live.row.peak_mib = (torch.cuda.max_memory_allocated() - before) / 2**20
     live.row.result_mib = (torch.cuda.memory_allocated() - before) / 2**20
     del result
-    live.prepared.reset()
+    live.reset()
 
 
 def _accept(
@@ -213,11 +239,16 @@ def _time(
                 yardstick.append(_sample(measure, nullcontext, repeats[0])[0])
                 continue
             x = taking_turns[which - 1]
-            result = x.sample(repeats[which])
-            if turn == rounds - 1:
-                read = x.prepared.read(result)
-                _accept(case, x, read, expected, "the last timed output")
-            del result
+            if x.row.status != "ok":
+                continue
+            try:
+                result = x.sample(repeats[which])
+                if turn == rounds - 1:
+                    read = x.prepared.read(x.once_more(result))
+                    _accept(case, x, read, expected, "the last timed output")
+                del result
+            except Exception as error:  # a peer may fail in any way; the row says how
+                x.fail(error)
     right = [x for x in live if x.row.status == "ok"]
     own = [x.seconds for x in right if x.row.peer == OURS]
     ours = min(own, key=statistics.median, default=None)

@@ -1,14 +1,19 @@
 """The program for a machine with a GPU, tried out on a CPU; and what it makes of results."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
 
 import pytest
 import torch
 
 from airl_fast import cli
-from benchmarks import gpu, gpu_rows, roofline
+from benchmarks import gpu, gpu_rows, gpu_timing, roofline
 from benchmarks.cross_entropy import cross_entropy_case
-from benchmarks.harness import Row, Timing
+from benchmarks.harness import Case, Prepared, Row, Sampled, Timing, Variant
 from benchmarks.runner import run_case
 
 TIMING = Timing(rounds=5, least_s=0.0)
@@ -30,7 +35,7 @@ def test_plain_torch_gets_the_row_kernels_results(operator):
 
 
 def test_every_operator_is_among_the_cases():
-    named = " ".join(case.operator for case in gpu.cases("cpu", quick=True))
+    named = " ".join(build().operator for _, build in gpu_timing.plans("cpu", quick=True))
     for operator in ("policy_loss", "logprob", "airl_score", "segment_sum", "returns", "step"):
         assert operator in named
 
@@ -71,3 +76,116 @@ def test_a_report_is_drawn_again_and_other_files_are_refused(tmp_path, capsys):
     capsys.readouterr()
     assert cli.main(["bench", "--report", str(other)]) != 0
     assert "results.json of a benchmark run" in capsys.readouterr().err
+
+
+FAULTY = """
+import json, os, sys, time
+from pathlib import Path
+folder, first = Path(sys.argv[1]), int(sys.argv[3])
+def note(**values):
+    with (folder / "cases.jsonl").open("a") as file:
+        file.write(json.dumps(values) + chr(10))
+for index, case in enumerate(["good", "raises", "dies", "hangs", "last"]):
+    if index < first:
+        continue
+    note(index=index, case=case, began=True)
+    if case == "raises":
+        note(index=index, case=case, failed="ValueError: of its own")
+        sys.exit(1)
+    if case == "dies":
+        os.abort()
+    if case == "hangs":
+        time.sleep(60)
+    note(index=index, case=case, rows=[])
+"""
+
+
+def test_a_case_that_fails_dies_or_hangs_costs_no_other(tmp_path, monkeypatch):
+    script = tmp_path / "faulty.py"
+    script.write_text(FAULTY)
+    monkeypatch.setattr(gpu, "_command", lambda *a: [sys.executable, script, *map(str, a)])
+    gpu._time(tmp_path, [], "cpu", deadline=time.monotonic() + 60, limit=2.0)
+    lines = [json.loads(line) for line in (tmp_path / gpu_timing.LINES).read_text().splitlines()]
+    ended = {line["case"]: line.get("failed", "rows") for line in lines if "began" not in line}
+    assert ended == {
+        "good": "rows",
+        "raises": "ValueError: of its own",
+        "dies": f"its process ended with status {-signal.SIGABRT}",
+        "hangs": "no end within 2 s",
+        "last": "rows",
+    }
+
+
+def test_what_was_timed_and_what_failed_is_written(tmp_path):
+    row = asdict(head_row(2.0, ms_iqr=0.1, ratio=2.0))
+    lines = [
+        {"index": 0, "case": "a", "rows": [row]},
+        {"index": 1, "case": "b", "failed": "no end within 2 s"},
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / gpu_timing.LINES).write_text(text)
+    assert gpu_timing.main([str(tmp_path), "--write", "--quick", "--tests", "3 passed"]) == 1
+    page = (tmp_path / "results.md").read_text()
+    for words in (
+        "b: no end within 2 s",
+        "tests before timing: 3 passed",
+        "left out",
+        "linear_log",
+    ):
+        assert words in page
+
+
+def test_a_case_that_cannot_be_built_says_so_and_ends_the_process(tmp_path, monkeypatch):
+    def broken(device, quick):
+        return [("broken", lambda: 1 / 0)]
+
+    monkeypatch.setattr(gpu_timing, "plans", broken)
+    with pytest.raises(ZeroDivisionError):
+        gpu_timing.main([str(tmp_path), "--device", "cpu", "--quick"])
+    last = json.loads((tmp_path / gpu_timing.LINES).read_text().splitlines()[-1])
+    assert last["failed"] == "ZeroDivisionError: division by zero"
+
+
+def test_the_program_needs_nothing_that_it_is_there_to_build():
+    code = "import sys, benchmarks.gpu; print('airl_fast' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def in_place(memory):
+    """A case whose one variant doubles its memory, where it is."""
+    ones = torch.ones(4)
+
+    def prepare(inputs):
+        return Prepared(lambda: {"x": memory.mul_(2)}, reset=lambda: memory.copy_(ones))
+
+    return Case(
+        "doubling", {"N": 4}, torch.float32, lambda: None, lambda: None,
+        lambda inputs: {"x": 2 * ones.double()}, lambda inputs: {"x": Sampled(2 * ones.double())},
+        ("copy", lambda inputs: ones.clone), [Variant("airl_fast", prepare, "cpu")],
+    )  # fmt: skip
+
+
+def test_a_call_in_place_may_be_repeated_in_a_sample_and_is_checked_on_its_inputs():
+    (row,) = run_case(in_place(torch.ones(4)), Timing(rounds=3, least_s=1e-3))
+    assert row.status == "ok", row.reason
+
+
+def test_a_variant_that_fails_while_it_is_timed_fails_alone():
+    ones, calls = torch.ones(4), []
+
+    def prepare(inputs):
+        def call():
+            calls.append(1)
+            if len(calls) > 3:
+                raise MemoryError("no more")
+            return {"x": 2 * ones}
+
+        return Prepared(call)
+
+    case = in_place(torch.ones(4))
+    case.variants.append(Variant("plain torch", prepare))
+    good, bad = run_case(case, Timing(rounds=5, least_s=0.0))
+    assert good.status == "ok"
+    assert (bad.status, bad.reason) == ("failed", "MemoryError: no more")
+    assert bad.ms is None
