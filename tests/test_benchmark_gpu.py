@@ -189,3 +189,14 @@ def test_a_variant_that_fails_while_it_is_timed_fails_alone():
     assert good.status == "ok"
     assert (bad.status, bad.reason) == ("failed", "MemoryError: no more")
     assert bad.ms is None
+
+
+def test_a_copy_that_a_cache_holds_does_not_raise_the_roof():
+    def copy(elements, gb_s):
+        ms = 8 * elements / gb_s / 1e6
+        return Row("segment_sum", {"B": 2, "N": elements}, "float32", "airl_fast", "cpu", "main",
+                   "copy", ms=ms, yardstick_ms=ms, gb_s=gb_s)  # fmt: skip
+
+    cached, streamed = copy(10**6, 9000.0), copy(10**8, 3000.0)
+    assert roofline.roof([cached, streamed])[1] == pytest.approx(3e12)
+    assert roofline.roof([cached])[1] == pytest.approx(9e12)

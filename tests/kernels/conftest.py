@@ -22,8 +22,9 @@ def device():
 
 
 @pytest.fixture
-def triton_backend(device):
-    """Every operator in the test runs on this backend or raises."""
+def triton_backend(device, monkeypatch):
+    """Every operator in the test runs on this backend or raises, and refuses bad values at once."""
+    monkeypatch.setenv("AIRL_FAST_BLOCKING", "1")
     with airl_fast.backend("triton"):
         yield
 

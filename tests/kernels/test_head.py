@@ -208,7 +208,9 @@ def test_float16_shares_are_scaled_over_its_range(device):
         loss, _ = linear_policy_loss(hidden, weight, targets, advantages, **needs)
         got = torch.autograd.grad(loss, wanted, torch.tensor(1e9, device=device))
     exact, _ = oracle.policy_loss(hidden, weight, targets, advantages, **needs)
-    truth = torch.autograd.grad(exact, wanted, torch.tensor(1e9, dtype=torch.float64))
+    truth = torch.autograd.grad(
+        exact, wanted, torch.tensor(1e9, dtype=torch.float64, device=device)
+    )
     for a, b in zip(got, truth, strict=True):
         assert torch.allclose(a.double(), b.double(), rtol=5e-3, atol=5e-3)
 
@@ -222,7 +224,8 @@ def _forced():
 def test_a_device_or_dtype_that_it_does_not_serve_is_named(device):
     hidden = torch.zeros(2, 3, device=device)
     assert "float64" in _triton.serves_head(hidden.double())
+    targets = torch.zeros(2, dtype=torch.int64, device=device)
     with _forced(), pytest.raises(RuntimeError, match="float64"):
-        linear_logprob(hidden.double(), hidden.double(), torch.zeros(2, dtype=torch.int64))
+        linear_logprob(hidden.double(), hidden.double(), targets)
     if device.type == "cpu":
         assert "only where the backend is forced" in _triton.serves(hidden)
