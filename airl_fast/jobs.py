@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import active_children, get_context
@@ -116,13 +116,22 @@ def _differences(found: Mapping[str, Any], settings: Mapping[str, Any]) -> Itera
             yield f"{key}={json.dumps(one)}"
 
 
-def open_folder(folder: Path, settings: Mapping[str, Any], what: str) -> None:
+Settings = Mapping[str, Any]
+
+
+def open_folder(
+    folder: Path,
+    settings: Settings,
+    what: str,
+    bound: Callable[[Settings, Settings], tuple[Settings, Settings]] = lambda old, new: (old, new),
+) -> None:
     """Make the folder of a demo or study, or take up one that was made with the same settings.
 
     Args:
         folder: new, empty, or with WHAT.json in it.
         settings: JSON-able.
         what: "demo" or "study".
+        bound: of the folder's settings and these, what has to be the same.
 
     Raises:
         ValueError: the folder holds something else, or one of other settings.
@@ -132,7 +141,7 @@ def open_folder(folder: Path, settings: Mapping[str, Any], what: str) -> None:
     if folder.exists() and any(folder.iterdir()):
         if not file.is_file():
             raise ValueError(f"{folder} is not empty: choose another --output-dir or delete it")
-        if differences := list(_differences(_settings(file), json.loads(text))):
+        if differences := list(_differences(*bound(_settings(file), json.loads(text)))):
             raise ValueError(
                 f"{folder} holds a {what} of other settings, {', '.join(differences)}: give them "
                 "again to go on with it, or choose another --output-dir"

@@ -15,6 +15,7 @@ import torch
 
 from airl_fast import building, cli, jobs
 from airl_fast.measuring import Measured, choose_sft
+from airl_fast.study import runner
 from airl_fast.study.cells import (
     BASE,
     SAMPLED_SFT,
@@ -193,3 +194,43 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
     steps = metrics.read_text().count("\n")
     assert re.search(rf"SFT arm 1: {steps}/\d+ stopped$", out, re.MULTILINE)
     assert (metrics.parent / "checkpoints" / f"step-{steps:06d}").is_dir()
+
+
+def reopened(folder, text):
+    (folder / "mine.yaml").write_text(text)
+    settings = dataclasses.asdict(load_study(str(folder / "mine.yaml")))
+    jobs.open_folder(folder / "out", settings, "study", runner._bound)
+
+
+def test_a_study_may_grow_in_its_folder(tmp_path):
+    """What is added needs new cells alone; comparisons and plots need none."""
+    reopened(tmp_path, TINY)
+    reopened(
+        tmp_path,
+        changed(
+            ("seeds: [0]", "seeds: [0, 1]"),
+            ("variants:\n", "  more:\n    overrides: [task.demonstrations=10]\nvariants:\n"),
+            ("comparisons:\n  - [AIRL, best SFT]", "  frozen:\ncomparisons:\n  - [frozen, SFT]"),
+        ),
+    )
+    with pytest.raises(ValueError, match=r"of other settings, seeds=\[0, 1\], starts.more"):
+        reopened(tmp_path, TINY)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (("  GRPO:\n    overrides: [algorithm.name=grpo]\n", ""), "variants.GRPO"),
+        (("run.steps=3", "run.steps=4"), "overrides="),
+        (("init: base", "init: sampled"), 'variants.taken over.init="base"'),
+        (("starts:\n", "starts:\n  other:\n"), 'first start="arithmetic"'),
+        (("samples: 2\n", "samples: 3\n"), "samples=2"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_finished_cells_depend_on_cannot_change(tmp_path, change, said):
+    reopened(tmp_path, TINY.replace("  - [GRPO, AIRL]\n", ""))
+    text = changed(change, ("  - [GRPO, AIRL]\n", ""))
+    with pytest.raises(ValueError, match="of other settings") as refusal:
+        reopened(tmp_path, text)
+    assert said in str(refusal.value)

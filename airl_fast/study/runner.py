@@ -19,6 +19,7 @@ from airl_fast.study.cells import Cell, cell_config, plan, run_cell, waiting_for
 from airl_fast.study.spec import Study, description, load_study, study_text
 
 _FAILED = "error.txt"  # in a cell's folder, until it is done
+_SHOWN = ("comparisons", "plots")  # what they say is made anew each time
 
 
 def run_study(
@@ -34,7 +35,8 @@ def run_study(
 
     Args:
         source: name or YAML file of the study.
-        output_dir: a new or empty folder, or one of the same study.
+        output_dir: a new or empty folder, or one of the same study; it may have been given more
+            seeds, starts or variants since, and other comparisons and plots.
         workers: processes, each on one thread.
         page: where the Markdown page goes too, with its plots in a folder of its name beside it.
         overrides: ``section.key=value`` after those of the file, before its starts' and variants'.
@@ -55,7 +57,7 @@ def run_study(
         raise ValueError(f"expected 1 worker process or more, received {workers}")
     if page is not None and find_spec("matplotlib") is None:
         raise ValueError('the plots of a page need matplotlib: pip install "airl-fast[report]"')
-    jobs.open_folder(output_dir, asdict(study), "study")
+    jobs.open_folder(output_dir, asdict(study), "study", _bound)
     cells = plan(study, output_dir)
     _say_costs(study, cells, workers)
     failed = _run_cells(study, cells, workers)
@@ -63,6 +65,18 @@ def run_study(
     name = Path(source).stem
     write_page(output_dir, name, description(study_text(source)), study, results, failed, page)
     return failed
+
+
+def _bound(old: jobs.Settings, new: jobs.Settings) -> tuple[jobs.Settings, jobs.Settings]:
+    """What finished cells depend on: no comparison, no plot, nothing that was added since."""
+    kept, now = ({k: v for k, v in x.items() if k not in _SHOWN} for x in (old, new))
+    for name in ("starts", "variants"):
+        now[name] = {k: v for k, v in now[name].items() if k in kept.get(name, {})}
+    if set(kept.get("seeds", ())) <= set(now["seeds"]):
+        now["seeds"] = kept.get("seeds")
+    for x, settings in ((kept, old), (now, new)):
+        x["first start"] = next(iter(settings.get("starts", {})), None)  # where variants start
+    return kept, now
 
 
 def _say_costs(study: Study, cells: list[Cell], workers: int) -> None:
