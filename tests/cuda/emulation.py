@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -67,7 +68,7 @@ def build() -> ModuleType:
             CSRC / "cuda" / "bindings.cpp",
             *SOURCES,
         ]
-        unfinished = module.with_suffix(".part")
+        unfinished = module.with_suffix(f".{os.getpid()}.part")  # several workers may build it
         subprocess.run([*command, "-o", unfinished], check=True)
         unfinished.rename(module)
     spec = importlib.util.spec_from_file_location("_cuda", module)
