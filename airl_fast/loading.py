@@ -64,19 +64,32 @@ def load_language_model(
         "gguf_file": origin.gguf_file,
     }
     tokenizer = AutoTokenizer.from_pretrained(path, **where)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     options = {} if origin.gguf_file else {"use_safetensors": True}
     with no_pickle(), whole_weights(path):
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **where, **options)
     if origin.gguf_file:
         _forget_quantisation(model)
+        _take_special_tokens(tokenizer, model.config)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
     model.to(device).eval()
     if not lora_rank:
         return LanguageModel(model, tokenizer, origin)
     return LanguageModel(
         _with_adapter(model, adapter, lora_rank, lora_alpha), tokenizer, origin, adapter
     )
+
+
+def _take_special_tokens(tokenizer: Any, config: Any) -> None:
+    """Have the tokenizer end texts as the file says.
+
+    transformers 5.17 reads the ids of a GGUF file into the configuration alone, so that SmolLM2's
+    texts would end with ``<|im_start|>``; 5.24 has them in the tokenizer, too.
+    """
+    for name in ("bos_token", "eos_token", "pad_token"):
+        index = getattr(config, f"{name}_id", None)
+        if index is not None and getattr(tokenizer, f"{name}_id") != index:
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(index))
 
 
 def add_adapter(body: LanguageModel, adapter: str, rank: int, alpha: int) -> LanguageModel:
