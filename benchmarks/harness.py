@@ -29,7 +29,7 @@ class Prepared:
         call: what is timed; returns whatever the formulation returns.
         read: turns that into the case's outputs, in the case's layout; not timed.
         reset: undoes what calls in place changed; before every sample, not timed. Of a sample of
-            several calls all but the first work on results; what is checked is one more call.
+            several calls all but the first work on results: a call more is checked then.
         parts: seconds of the parts of a call, from what it returned.
     """
 

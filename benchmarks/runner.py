@@ -97,9 +97,9 @@ class _Live:
         if self.prepared.reset is not None:
             self.prepared.reset()
 
-    def once_more(self, result: Any) -> Any:
-        """The result of a call on the inputs as they are: the last one, unless it is in place."""
-        if self.prepared.reset is None:
+    def on_its_inputs(self, result: Any, repeats: int) -> Any:
+        """The result of a sample; of a call more if all but its first worked on results."""
+        if self.prepared.reset is None or repeats == 1:
             return result
         self.reset()
         with self.variant.context():
@@ -244,7 +244,7 @@ def _time(
             try:
                 result = x.sample(repeats[which])
                 if turn == rounds - 1:
-                    read = x.prepared.read(x.once_more(result))
+                    read = x.prepared.read(x.on_its_inputs(result, repeats[which]))
                     _accept(case, x, read, expected, "the last timed output")
                 del result
             except Exception as error:  # a peer may fail in any way; the row says how

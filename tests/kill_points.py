@@ -9,7 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
-from airl_fast import best, checkpoint, durable, models, run_folder
+from airl_fast import best, checkpoint, discriminator, durable, run_folder
 from benchmarks.kills import differences, ended, start
 
 
@@ -66,7 +66,7 @@ POINTS = {
     "best.json not written": lambda: setattr(best, "write_text", die),
     "best.json half-written": best_half_written,
     "the policy written, not renamed": lambda: setattr(durable, "move_into_place", die),
-    "half of the reward": lambda: after(models, "save_file"),
+    "half of the reward": lambda: after(discriminator, "save_file"),
 }
 
 
