@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     failed |= tests is not None and ("failed" in tests or "error" in tests)
     common = [*(["--quick"] if options.quick else []), "--rounds", str(options.rounds)]
     try:
-        _time(folder, common, options.device, deadline, 60 * options.case_minutes)
+        failed |= not _time(folder, common, options.device, deadline, 60 * options.case_minutes)
     finally:
         line = [] if tests is None else ["--tests", tests]
         done = subprocess.run(_command(folder, "--write", *common, *line), cwd=_ROOT)
@@ -114,25 +114,29 @@ def _tests(deadline: float) -> str:
     return line
 
 
-def _time(folder: Path, common: list[str], device: str, deadline: float, limit: float) -> None:
-    """Time case after case; where a process ends early, the next begins with the next case."""
+def _time(folder: Path, common: list[str], device: str, deadline: float, limit: float) -> bool:
+    """Time case after case; where a process ends early, the next begins with the next case.
+
+    Returns whether every process began one: where none can, nothing is timed.
+    """
     first = 0
     while (seconds := deadline - time.monotonic()) > 0:
         command = _command(folder, "--first", str(first), "--seconds", f"{seconds:.0f}", *common)
         process = subprocess.Popen([*command, "--device", device], cwd=_ROOT)
         killed = _watch(process, folder, deadline, limit)
         if process.returncode == 0:
-            return
+            return True
         index, case, said = _last(folder)
         if index < first:
             print(f"no case was begun: exit status {process.returncode}", file=sys.stderr)
-            return
+            return False
         if not said:
             why = killed or f"its process ended with status {process.returncode}"
             line = json.dumps({"index": index, "case": case, "failed": why})
             with (folder / _LINES).open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
         first = index + 1
+    return True
 
 
 def _watch(process: subprocess.Popen[bytes], folder: Path, deadline: float, limit: float) -> str:

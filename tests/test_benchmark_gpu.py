@@ -104,7 +104,7 @@ def test_a_case_that_fails_dies_or_hangs_costs_no_other(tmp_path, monkeypatch):
     script = tmp_path / "faulty.py"
     script.write_text(FAULTY)
     monkeypatch.setattr(gpu, "_command", lambda *a: [sys.executable, script, *map(str, a)])
-    gpu._time(tmp_path, [], "cpu", deadline=time.monotonic() + 60, limit=2.0)
+    assert gpu._time(tmp_path, [], "cpu", deadline=time.monotonic() + 60, limit=2.0)
     lines = [json.loads(line) for line in (tmp_path / gpu_timing.LINES).read_text().splitlines()]
     ended = {line["case"]: line.get("failed", "rows") for line in lines if "began" not in line}
     assert ended == {
@@ -114,6 +114,12 @@ def test_a_case_that_fails_dies_or_hangs_costs_no_other(tmp_path, monkeypatch):
         "hangs": "no end within 2 s",
         "last": "rows",
     }
+
+
+def test_where_no_case_can_begin_the_run_has_failed(tmp_path, monkeypatch):
+    broken = [sys.executable, "-c", "raise ImportError('no such module')"]
+    monkeypatch.setattr(gpu, "_command", lambda *a: broken)
+    assert not gpu._time(tmp_path, [], "cpu", deadline=time.monotonic() + 60, limit=2.0)
 
 
 def test_what_was_timed_and_what_failed_is_written(tmp_path):
