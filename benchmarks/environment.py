@@ -33,8 +33,14 @@ def describe() -> dict[str, object]:
             **{name: _version(name) for name in _PACKAGES},
         },
         "matrix_library": _matrix_library(),
-        "backends": {row.op: row.backend for row in explain().rows if row.device == "cpu"},
+        "backends": _backends(),
     }
+
+
+def _backends() -> dict[str, str]:
+    """What serves each operator on the GPU, or on a CPU where there is none."""
+    rows = explain().rows
+    return {row.op: row.backend for row in rows if row.device == rows[-1].device}
 
 
 def hardware() -> str:

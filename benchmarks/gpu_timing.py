@@ -49,7 +49,11 @@ def plans(device: str, quick: bool) -> list[Plan]:
         names = ("POLICY", "ENTROPY", "FROZEN", "LOGPROB", "SCORE")
         own = [(f"heads.{o} {at}", partial(_case, "heads.head_case", o, **sizes)) for o in names]
         other = partial(_case, "cross_entropy.cross_entropy_case", None, **sizes)
-        heads.append([*own, (f"cross_entropy {at}", other)])
+        parts = [
+            (f"gpu_products.{o} {at}", partial(_case, "gpu_products.product_case", o, **sizes))
+            for o in ("LOGITS", "D_HIDDEN", "D_WEIGHT")
+        ]
+        heads.append([*own, (f"cross_entropy {at}", other), *parts])
     rows = [
         (
             f"gpu_rows.{o} {r}x{v}",

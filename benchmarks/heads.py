@@ -4,7 +4,8 @@ N rows (actions), D hidden size, V vocabulary, S spans. The yardstick is the pro
 ``hidden [N, D] x weight^T`` into memory that is already there.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 import airl_fast
+from airl_fast.ops import _gpu_head
 from benchmarks import truth
 from benchmarks.harness import Case, Outputs, Prepared, Sampled, Variant
 from benchmarks.head_inputs import HeadInputs, Layout, flat_layout, head_inputs, padded_layout
@@ -42,6 +44,27 @@ SMALL = (37, 131, 24)  # N, V, D of the check against the oracle: nothing is a m
 _BLOCK = 128  # rows of a "sequence" for formulations that want sequences of one length
 _CLIP = 0.2
 _PADDED = "pads to the longest sequence, materialises the logits, gathers"
+
+
+@contextmanager
+def _chunks(**changed: Any) -> Iterator[None]:
+    """The CUDA kernels over chunks of another kind than `_gpu_head` has."""
+    before = {name: getattr(_gpu_head, name) for name in changed}
+    for name, value in changed.items():
+        setattr(_gpu_head, name, value)
+    try:
+        with airl_fast.backend("cuda"):
+            yield
+    finally:
+        for name, value in before.items():
+            setattr(_gpu_head, name, value)
+
+
+# What float32 logits, and a budget of 512 MiB, cost on a GPU.
+CHUNKS = {
+    "bfloat16 logits": partial(_chunks, LOGITS=torch.bfloat16),
+    "chunks of 2 GiB": partial(_chunks, CHUNK_BYTES=2 * 2**30),
+}
 
 
 def head_case(
@@ -88,6 +111,11 @@ def _variants(operator: str, device: str) -> list[Variant]:
         *(
             Variant("airl_fast", partial(_ours, operator), b, partial(airl_fast.backend, b))
             for b in BACKENDS[device]
+        ),
+        *(
+            Variant(f"airl_fast ({name})", partial(_ours, operator), "cuda", context)
+            for name, context in CHUNKS.items()
+            if device == "cuda" and operator in (LOGPROB, POLICY)
         ),
         peer("plain torch", materialised, flat_layout),
         Variant("torch.compile", partial(_compiled, operator), note="of plain torch"),

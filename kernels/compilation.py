@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from airl_fast.kernels import discriminator, linear_logprob, rows, segments
+from airl_fast.kernels import discriminator, linear_logprob, rows, scaling, segments
 from airl_fast.kernels.launch import (
     ROW_CONFIGS,
     SEGMENT_CONFIGS,
@@ -73,6 +73,10 @@ def cases(arch: int) -> Iterator[Case]:
     yield from _rows()
     yield from _segments()
     yield from _spans()
+    for dtype in ("bf16", "fp32"):
+        types = {"x": f"*{dtype}", "factor": "*fp32", "count": "i64"}
+        block = {"BLOCK": scaling.BLOCK}
+        yield Case(scaling.scale_kernel, dtype, "", types, block, options(warps=8))
 
 
 def _products(arch: int) -> Iterator[Case]:

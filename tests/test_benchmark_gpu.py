@@ -5,13 +5,15 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
 
 import pytest
 import torch
 
 from airl_fast import cli
-from benchmarks import gpu, gpu_rows, gpu_timing, roofline
+from airl_fast.ops import _gpu_head
+from benchmarks import gpu, gpu_products, gpu_rows, gpu_timing, heads, roofline
 from benchmarks.cross_entropy import cross_entropy_case
 from benchmarks.harness import Case, Prepared, Row, Sampled, Timing, Variant
 from benchmarks.runner import run_case
@@ -32,6 +34,23 @@ def test_plain_torch_gets_the_row_kernels_results(operator):
     case = gpu_rows.row_case(operator, 9, 200, torch.float32, 0, "cpu")
     rows = run_case(case, TIMING, peers=["plain torch"])
     assert next(row for row in rows if row.peer == "plain torch").status == "ok"
+
+
+@pytest.mark.parametrize("operator", gpu_products.OPERATORS)
+def test_products_of_chunks_are_those_of_the_whole(operator):
+    case = gpu_products.product_case(operator, 40, 30, 8, torch.bfloat16, 0, "cpu")
+    rows = run_case(case, TIMING)
+    assert [row.status for row in rows] == ["ok"] * len(gpu_products.CUTS[operator])
+
+
+def test_other_chunks_are_tried_and_put_back(monkeypatch):
+    monkeypatch.setattr(heads.airl_fast, "backend", lambda name: nullcontext())
+    before = _gpu_head.LOGITS, _gpu_head.CHUNK_BYTES
+    with heads.CHUNKS["bfloat16 logits"](), heads.CHUNKS["chunks of 2 GiB"]():
+        assert (torch.bfloat16, 2**31) == (_gpu_head.LOGITS, _gpu_head.CHUNK_BYTES)
+    assert before == (_gpu_head.LOGITS, _gpu_head.CHUNK_BYTES)
+    case = heads.head_case(heads.POLICY, 4, 9, 2, torch.bfloat16, 0, device="cuda")
+    assert "airl_fast (bfloat16 logits)" in [variant.peer for variant in case.variants]
 
 
 def test_every_operator_is_among_the_cases():

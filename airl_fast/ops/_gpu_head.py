@@ -6,12 +6,17 @@ A chunk of logits ``[R, V]`` is float32 whatever the inputs: half-precision inpu
 in their dtype and accumulated and stored in float32 (``out_dtype``). A bfloat16 chunk would halve
 the memory traffic and would do for the gradients, but rounds a logit of 10 by up to 0.03, which
 goes straight into the ratio ``exp(logp - old_logp)``. The row kernels then turn the chunk into its
-gradient in place, in the products' dtype, as plain torch has it; d hidden and d weight are
-accumulated and kept in float32: d weight is added to once per chunk, and in half precision each
-addition would round what the last one left.
+gradient in place, in the products' dtype, as plain torch has it.
 
-Extra memory at any N: ``CHUNK_BYTES`` (512 MiB unless changed) for the chunk, its hidden states
-and their gradient; where hidden and weight differ in dtype also a float32 copy of the weight.
+d weight is written by the first chunk and added to by every other. Where all of the head is
+bfloat16 and there are at most ``_NARROW_CHUNKS`` chunks, both gradients are bfloat16 from the
+start: a float32 d weight has twice the bytes of the weight, and to write, read, scale and round it
+costs a head of D = 4,096 about as much as a product. Otherwise they are float32: in bfloat16 every
+addition rounds what the last one left, and float16 would overflow or lose what is small.
+
+Extra memory at any N: ``CHUNK_BYTES`` (512 MiB unless changed) for the chunk and copies of its rows
+(if rows are ignored or converted); where hidden and weight differ in dtype also a float32 copy of
+the weight.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +31,13 @@ from airl_fast.ops._policy_terms import ActionLoss, Actions, pieces
 
 CHUNK_BYTES = 512 * 2**20  # tests lower it to force many chunks
 
+LOGITS = torch.float32  # of a chunk of bfloat16 products; bfloat16 is for benchmarks/gpu.py
+
 _ALIGNED = 64  # logits from one row to the next: a multiple, so that rows start on 16 bytes
+_TILE = 128  # rows of a chunk: a multiple where it can be, or the products' last tiles are wasted
+# bfloat16 gradients: the most chunks that add up in it. If partial sums grow like a random walk,
+# k roundings err by sqrt((k + 1) / 2) of plain torch's one: by 1.6 for 4.
+_NARROW_CHUNKS = 4
 _HALF_ROOM = 16.0  # float16 gradients: their largest share of the loss is scaled to at least this
 
 Gradients = tuple[Tensor, Tensor, Tensor]  # at hidden, weight and bias; `[0]` where not wanted
@@ -46,7 +57,8 @@ class GPUHead:
 
     Attributes:
         limit: the most rows of a chunk.
-        hidden, weight, bias: the gradients, float32; empty tensors ``[0]`` where not wanted.
+        hidden, weight, bias: the gradients, once `begin` was called; empty tensors ``[0]`` where
+            not wanted. bias is float32, the others float32 or, narrow, bfloat16.
     """
 
     def __init__(
@@ -61,18 +73,43 @@ class GPUHead:
         self._dtype = hidden.dtype if hidden.dtype == head.weight.dtype else torch.float32
         self._weight = head.weight.to(self._dtype)
         self._head = row_head(*head[1:])
-        self._need_hidden, self._need_weight, self._need_bias = needs
+        self._needs = needs
         vocab, width = head.weight.shape
-        self._pitch = -(-vocab // _ALIGNED) * _ALIGNED
-        self.limit = even_limit(len(kept), chunk_rows(vocab, width, self._dtype))
-        self._buffer = hidden.new_empty((self.limit, self._pitch), dtype=torch.float32)
-        new = self._buffer.new_zeros
-        self.hidden = new((len(hidden), width) if self._need_hidden else (0,))
-        self.weight = new((vocab, width) if self._need_weight else (0,))
-        self.bias = new((vocab,) if self._need_bias else (0,))
+        logits = LOGITS if self._dtype == torch.bfloat16 else torch.float32
+        rows = chunk_rows(vocab, self._copied_row_bytes(width), logits)
+        self.limit = min(rows, -(-even_limit(len(kept), rows) // _TILE) * _TILE, max(1, len(kept)))
+        pitch = -(-vocab // _ALIGNED) * _ALIGNED
+        self._buffer = hidden.new_empty((self.limit, pitch), dtype=logits)
+        self._stats = hidden.new_empty((self.limit, ROW_STATS), dtype=torch.float32)
         self._x = hidden[:0]
         self._logits = self._buffer[:0, :vocab]
-        self._stats = self._buffer.new_empty((self.limit, ROW_STATS))
+        self.hidden = self.weight = self.bias = self._stats.new_empty(0)
+
+    def _copied_row_bytes(self, width: int) -> int:
+        """Bytes of what a row of a chunk has beside its logits: copies of its hidden state."""
+        gathered = len(self._kept) < len(self._states)
+        converted = self._states.dtype != self._dtype
+        numbers = self._states.itemsize * gathered + self._dtype.itemsize * converted
+        return width * (numbers + (4 if gathered and self._needs[0] else 0))
+
+    def begin(self, chunks: int, *, narrow: bool) -> None:
+        """Allocate the gradients.
+
+        Args:
+            chunks: how many will be accumulated.
+            narrow: whether gradients of bfloat16 may be bfloat16.
+        """
+        narrow = narrow and self._dtype == torch.bfloat16
+        once = self._dtype if narrow else torch.float32
+        added = self._dtype if narrow and chunks <= _NARROW_CHUNKS else torch.float32
+        # what the products write whole is not cleared before
+        hidden = torch.empty if len(self._kept) == len(self._states) else torch.zeros
+        weight = torch.empty if chunks else torch.zeros
+        need_hidden, need_weight, need_bias = self._needs
+        on = self._states.device
+        self.hidden = hidden(self._states.shape if need_hidden else (0,), dtype=once, device=on)
+        self.weight = weight(self._weight.shape if need_weight else (0,), dtype=added, device=on)
+        self.bias = torch.zeros(len(self._weight) if need_bias else 0, device=on)
 
     def fill(self, chunk: slice) -> None:
         """Compute the logits of a chunk of the kept rows; they replace those of the last."""
@@ -139,36 +176,40 @@ class GPUHead:
                 gradient.div_(scale)
 
     def _accumulate(self, chunk: slice, gradient: Tensor) -> None:
-        if self._need_hidden and len(self._kept) == len(self._states):
+        need_hidden, need_weight, need_bias = self._needs
+        if need_hidden and len(self._kept) == len(self._states):
             multiply(gradient, self._weight, self.hidden[chunk])
-        elif self._need_hidden:
-            d_hidden = self._buffer.new_empty(self._x.shape)
+        elif need_hidden:
+            d_hidden = self.hidden.new_empty(self._x.shape)
             multiply(gradient, self._weight, d_hidden)
             self.hidden.index_copy_(0, self._kept[chunk], d_hidden)
-        if self._need_weight:
+        if need_weight:
             multiply(gradient.t(), self._x, self.weight, add=chunk.start > 0)
-        if self._need_bias:
+        if need_bias:
             self.bias += gradient.sum(0, dtype=torch.float32)
 
 
-def chunk_rows(vocab: int, width: int, dtype: torch.dtype) -> int:
+def chunk_rows(vocab: int, copied: int = 0, logits: torch.dtype = torch.float32) -> int:
     """Rows of a chunk: as many as ``CHUNK_BYTES`` holds; at least 1.
 
-    A row costs its V float32 logits (rounded up to a multiple of 64), its hidden state and that
-    one's float32 gradient. At V = 128,256 and D = 4,096 in bfloat16 that is 996 rows.
+    A row costs its V logits (rounded up to a multiple of 64), its statistics, and ``copied`` bytes.
+    At V = 128,256 without copies that is 1,046 rows.
     """
     pitch = -(-vocab // _ALIGNED) * _ALIGNED
-    return max(1, CHUNK_BYTES // (4 * (pitch + ROW_STATS) + (dtype.itemsize + 4) * width))
+    return max(1, CHUNK_BYTES // (logits.itemsize * pitch + 4 * ROW_STATS + copied))
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
-    """Write ``a b``, or add it to what is there, into a float32 ``out``, accumulated in float32.
+    """Write ``a b``, or add it to what is there, into ``out``; summed in float32.
 
-    Half-precision operands go through the tensor cores of a CUDA device (``out_dtype``, which has
-    no CPU kernel: in CPU memory, where only Triton's interpreter gets, they are converted first).
+    ``out`` is float32 or of the operands' dtype. Half-precision operands go through the tensor
+    cores of a CUDA device; a float32 ``out`` of them (``out_dtype``) has no CPU kernel: in CPU
+    memory, where only Triton's interpreter gets, they are converted first.
     """
-    if a.dtype == torch.float32 or not a.is_cuda:
-        torch.addmm(out, a.float(), b.float(), beta=float(add), out=out)
+    if not a.is_cuda:
+        out.copy_(torch.addmm(out.float(), a.float(), b.float(), beta=float(add)))
+    elif a.dtype == out.dtype:
+        torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
     elif add:
         torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
     else:
@@ -250,8 +291,12 @@ class HeadOperators:
         targets: Tensor,
         ignore_index: int,
         needs: tuple[bool, bool, bool],
+        narrow: bool = True,
     ) -> Gradients:
-        """Gradients of `linear_logprob`: the logits again, and a product for each matrix."""
+        """Gradients of `linear_logprob`: the logits again, and a product for each matrix.
+
+        ``narrow``: as of `GPUHead.begin`.
+        """
         kept = kept_rows(targets, ignore_index)
         sweep = GPUHead(hidden, kept, head, self._rows(), needs)
         targets = targets[kept]
@@ -259,7 +304,9 @@ class HeadOperators:
         scale = sweep.half_scale(d_logp, d_entropy)
         if scale is not None:
             d_logp, d_entropy = (None if d is None else d * scale for d in (d_logp, d_entropy))
-        for chunk in chunks(len(kept), sweep.limit):
+        parts_of = list(chunks(len(kept), sweep.limit))
+        sweep.begin(len(parts_of), narrow=narrow)
+        for chunk in parts_of:
             sweep.fill(chunk)
             parts = (None if d is None else d[chunk] for d in (d_logp, d_entropy))
             sweep.differentiate(chunk, targets[chunk], *parts, was_read=False)
@@ -283,7 +330,9 @@ class HeadOperators:
         scale = sweep.half_scale(actions.share)
         if scale is not None:
             actions = actions._replace(share=actions.share * scale)
-        for piece in pieces(actions, sweep.limit, loss.per_sequence):
+        whole = list(pieces(actions, sweep.limit, loss.per_sequence))
+        sweep.begin(sum(len(piece) for piece in whole), narrow=True)
+        for piece in whole:
             if loss.per_sequence:
                 _sequences(sweep, piece, actions, loss, logp, entropy)
             else:

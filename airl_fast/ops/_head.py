@@ -69,6 +69,17 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
+def gradient_dtype(tensor: Tensor | None, computed: torch.dtype) -> torch.dtype:
+    """Dtype in which a gradient at ``tensor`` waits for its backward; ``computed`` on a CPU.
+
+    On a GPU that of bfloat16 tensors, whose range is float32's, waits in bfloat16: half the memory,
+    and nothing left to do where the gradient of the loss is 1. Any other but a power of two rounds
+    a second time.
+    """
+    narrow = tensor is not None and tensor.is_cuda and tensor.dtype == torch.bfloat16
+    return torch.bfloat16 if narrow else computed
+
+
 def present(*tensors: Tensor | None) -> tuple[Tensor, ...]:
     """Return those that are not None: what a backend looks at to say whether it serves a call."""
     return tuple(t for t in tensors if t is not None)

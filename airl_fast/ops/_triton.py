@@ -86,6 +86,18 @@ def _read(
 HEAD = _gpu_head.HeadOperators(rows, _read)
 
 
+def serves_in_place(gradient: Tensor) -> bool:
+    """Whether `scale` takes this gradient, and no other backend is forced."""
+    return dispatch.forced() in (None, "triton") and serves(gradient) is None
+
+
+def scale(gradient: Tensor, factor: Tensor) -> None:
+    """Multiply a contiguous gradient in place by ``factor []`` float32."""
+    from airl_fast.kernels import scaling
+
+    scaling.scale(gradient, factor)
+
+
 def segment_sum(x: Tensor, cu: Tensor) -> Tensor:
     """Sums ``[S]`` float32 of the segments of ``x [N]``."""
     return _segments().reduce(x, cu, "sum")

@@ -13,15 +13,15 @@ so that [K] numbers per rank are all that has to be exchanged. No term can chang
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-import airl_fast.ops.linear_logprob  # noqa: F401  registers the backward that is picked here
-from airl_fast.ops import _cpu_head, _cuda_head, _triton
+from airl_fast.ops import _cpu_gradients, _cpu_head, _cuda_head, _triton, linear_logprob
 from airl_fast.ops._head import ChunkedHead, LinearHead, chunk_rows, compute_dtype, present
-from airl_fast.ops.dispatch import implements, pick
+from airl_fast.ops.dispatch import always, implements, pick
 
 NOBODY = -1  # the local target of an ignored row
 _COPIED_FLOATS = 2**22  # of the rows of hidden and weight that are held to correct a gradient
@@ -95,7 +95,7 @@ def shard_gradients(
         local: ``[N]``, of `local_targets`.
         needs: which gradients are wanted, of hidden, weight and bias.
     """
-    backward = pick("linear_logprob_backward", *present(hidden, head.weight, head.bias))
+    backward = pick("linear_logprob_shard_backward", *present(hidden, head.weight, head.bias))
     gradients = backward(-d_log_sum, d_entropy, entropy, hidden, head, local, NOBODY, needs)
     _add_at_targets(gradients, d_target + d_log_sum, hidden, head, local, needs)
     return gradients
@@ -164,3 +164,13 @@ def _cpu(
 
 implements("linear_logprob_shard", "triton", _triton.serves_head)(_triton.HEAD.shard_forward)
 implements("linear_logprob_shard", "cuda", _cuda_head.serves)(_cuda_head.HEAD.shard_forward)
+
+
+# In the compute dtype: more is added to what they return.
+for _name, _serves, _function in (
+    ("reference", always, linear_logprob.reference_backward),
+    ("cpu", _cpu_head.serves, _cpu_gradients.logprob_backward),
+    ("triton", _triton.serves_head, partial(_triton.HEAD.logprob_backward, narrow=False)),
+    ("cuda", _cuda_head.serves, partial(_cuda_head.HEAD.logprob_backward, narrow=False)),
+):
+    implements("linear_logprob_shard_backward", _name, _serves)(_function)

@@ -87,7 +87,7 @@ def linear_logprob(
     buffers of `_head.chunk_rows` rows of logits (128 MiB each; a third to differentiate a
     soft-capped head), and one float32 copy of a weight that is in half precision. With Triton
     64 MiB of partial sums forward in half precision, otherwise one chunk of 512 MiB (`_gpu_head`).
-    Then the gradients in float32.
+    Then the gradients in float32; on a GPU, of bfloat16 tensors and up to four chunks, in bfloat16.
 
     Args:
         hidden: ``[N, D]``, floating; the hidden states that predict the targets. Any strides.
@@ -255,7 +255,7 @@ def _reference_forward(
 
 
 @implements("linear_logprob_backward", "reference")
-def _reference_backward(
+def reference_backward(
     d_logp: Tensor | None,
     d_entropy: Tensor | None,
     entropy: Tensor,
@@ -265,6 +265,7 @@ def _reference_backward(
     ignore_index: int,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients in the compute dtype: the definition."""
     dtype = compute_dtype(hidden, head.weight, head.bias)
     rows = kept_rows(targets, ignore_index)
     limit = max(1, min(chunk_rows(len(head.weight), dtype.itemsize), len(rows)))

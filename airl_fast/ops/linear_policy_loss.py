@@ -24,6 +24,7 @@ from airl_fast.ops._head import (
     check_targets,
     chunk_rows,
     compute_dtype,
+    gradient_dtype,
     no_autocast,
     present,
 )
@@ -119,8 +120,9 @@ def linear_policy_loss(
     (`_gpu_head`). With the reference two buffers of
     `_head.chunk_rows` rows of logits (128 MiB each; a third to differentiate a soft-capped head),
     and one float32 copy of a weight that is in half precision. From here until ``backward`` also
-    the gradients, in float32, so that a loss scale still finds what half precision would have
-    rounded to zero.
+    the gradients, in float32, so that a loss scale still finds what float16 would have rounded to
+    zero; on a GPU those of bfloat16 tensors in bfloat16 (where more than four chunks add up, in
+    float32 until the sweep has ended).
 
     Args:
         hidden: ``[N, D]``, floating; the hidden states that predict the targets. Any strides.
@@ -223,7 +225,7 @@ def _linear_policy_loss(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return everything in the compute dtype.
+    """Return everything in the compute dtype, but the gradients in that of `gradient_dtype`.
 
     The loss [], its gradients at hidden, weight and bias ([0] where not needed), the means [5] in
     the order of PolicyLossStats, logp [N] and entropy [N].
@@ -237,7 +239,9 @@ def _linear_policy_loss(
             check_finite(name, tensor.where(kept, 0), "look for NaN or overflow where it is made")
     loss = ActionLoss(clip_low, clip_high, delta, beta, entropy_coef, importance == "sequence")
     with no_autocast(hidden.device):
-        outputs = pick("linear_policy_loss", *present(hidden, weight, bias))(
+        total, *gradients, means, logp, entropy = pick(
+            "linear_policy_loss", *present(hidden, weight, bias)
+        )(
             hidden,
             LinearHead(weight, bias, temperature, softcap, logit_scale),
             targets,
@@ -248,30 +252,42 @@ def _linear_policy_loss(
             normaliser,
             (need_hidden, need_weight, need_bias),
         )
-    for name, result in (("logp", outputs[5]), ("entropy", outputs[6])):
+    for name, result in (("logp", logp), ("entropy", entropy)):
         check_finite(name, result, NON_FINITE_LOGITS)
     refuse_where(
-        ~outputs[0].isfinite()[None],
-        outputs[0][None],
+        ~total.isfinite()[None],
+        total[None],
         lambda _, loss: (
             f"the loss is {loss}: exp(logp - old_logp) or exp(ref_logp - logp) overflows; compute "
             "old_logp and ref_logp with these targets and this temperature"
         ),
         NonFiniteValueError,
     )
-    return outputs
+    d_hidden, d_weight, d_bias = (
+        g.to(gradient_dtype(x, g.dtype))
+        for g, x in zip(gradients, (hidden, weight, bias), strict=True)
+    )
+    return total, d_hidden, d_weight, d_bias, means, logp, entropy
 
 
 @_linear_policy_loss.register_fake
 def _(hidden: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, ...]:
     bias = others[_DIFFERENTIABLE["bias"] - 2]
     need_hidden, need_weight, need_bias = others[-3:]
-    loss = hidden.new_empty((), dtype=compute_dtype(hidden, weight, bias))
+    dtype = compute_dtype(hidden, weight, bias)
+    loss = hidden.new_empty((), dtype=dtype)
+    shapes = (
+        hidden.shape if need_hidden else (0,),
+        weight.shape if need_weight else (0,),
+        (weight.shape[0] if need_bias else 0,),
+    )
+    gradients = [
+        loss.new_empty(shape, dtype=gradient_dtype(x, dtype))
+        for x, shape in zip((hidden, weight, bias), shapes, strict=True)
+    ]
     return (
         loss,
-        loss.new_empty(hidden.shape if need_hidden else (0,)),
-        loss.new_empty(weight.shape if need_weight else (0,)),
-        loss.new_empty((weight.shape[0] if need_bias else 0,)),
+        *gradients,
         loss.new_empty((5,)),
         loss.new_empty((hidden.shape[0],)),
         loss.new_empty((hidden.shape[0],)),
@@ -308,11 +324,22 @@ def _backward(ctx: Any, d_loss: Tensor | None, *_: None) -> tuple[Any, ...]:
 def _scaled(gradient: Tensor, d_loss: Tensor) -> Tensor:
     """``d_loss * gradient``, without a second ``[V, D]`` where d_loss is 1, as it mostly is.
 
-    That is only looked at on a CPU, where it waits for nothing, and never while tracing.
+    A CPU looks at d_loss, which it does not have to wait for; on a GPU a kernel does, which works
+    in place: not where the graph is kept for another backward, and never while tracing.
     """
-    if type(d_loss) is Tensor and d_loss.device.type == "cpu" and float(d_loss) == 1.0:
+    if type(d_loss) is not Tensor:
+        return d_loss * gradient
+    if _triton.serves_in_place(gradient) and not _keeps_graph():
+        _triton.scale(gradient, d_loss)
+        return gradient
+    if d_loss.device.type == "cpu" and float(d_loss) == 1.0:
         return gradient
     return d_loss * gradient
+
+
+def _keeps_graph() -> bool:
+    """Whether the backward that is running may be followed by another over the same graph."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 register_autograd(_linear_policy_loss, _backward, setup_context=_setup_context)
