@@ -23,7 +23,7 @@ def load_policy(config: RunConfig, device: torch.device | None = None) -> Policy
         device: where the weights go; by default ``run.device``, or a GPU where there is one.
 
     Raises:
-        ValueError: a saved policy whose weights, all to be trained, have fewer than 32 bits.
+        ValueError: a saved policy in float16, all of whose weights are to be trained.
     """
     policy = config.policy
     torch.manual_seed(derive_seed(config.run.seed, "policy adapter", 0))
@@ -35,12 +35,10 @@ def load_policy(config: RunConfig, device: torch.device | None = None) -> Policy
         lora_alpha=policy.lora_alpha,
         device=device or default_device(config.run.device),
     )
-    dtype = found.head.weight.dtype
-    if found.adapter is None and torch.finfo(dtype).bits < 32:
+    if found.adapter is None and found.head.weight.dtype == torch.float16:
         raise ValueError(
-            f"policy.model={policy.model} holds weights of {str(dtype).removeprefix('torch.')}, "
-            "which round small updates away where all are trained; set policy.dtype=float32, or "
-            "policy.lora_rank"
+            f"policy.model={policy.model} holds weights of float16, whose gradients round to zero; "
+            "set policy.dtype=bfloat16 or float32, or policy.lora_rank"
         )
     return found
 

@@ -241,7 +241,7 @@ class Shards:
 
     def __init__(self, model: nn.Module, layers: Sequence[str], world: World) -> None:
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         mesh = init_device_mesh(world.device.type, (world.size,))
         units = [module for module in model.modules() if type(module).__name__ in layers]
@@ -262,8 +262,9 @@ class Shards:
         self._running = False
         # The root is cut again after its forward pass, unlike FSDP2's default: weights may be set
         # between two passes without a backward, which whole copies would not notice.
+        sums = MixedPrecisionPolicy(reduce_dtype=torch.float32)
         for module in (*units, self.root):
-            unit: Any = fully_shard(module, mesh=mesh, reshard_after_forward=True)
+            unit: Any = fully_shard(module, mesh=mesh, mp_policy=sums, reshard_after_forward=True)
             unit.set_force_sum_reduction_for_comms(True)
             unit.set_gradient_divide_factor(1.0)
 

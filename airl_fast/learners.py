@@ -117,6 +117,7 @@ class DiscriminatorLearner:
         for trace, mask in zip(traces, taught, strict=True):
             spans[trace.source == Source.EXPERT] += sum(mask)
         total, floored, sums = 0.0, 0.0, _Sums(spans)
+        self.optimiser.clear()
         slopes, ranking = self._ranking(traces, action_logp)
         for indices, batch, weight in micro_batches(traces, self.token_budget, self.policy):
             logp = torch.cat([action_logp[i] for i in indices])
@@ -135,6 +136,7 @@ class DiscriminatorLearner:
                     scores = segment_sum(self._logits(f, logp), batch.cu_seq_spans)
                     loss = loss + weight * (slopes[indices] * scores).sum()
                 loss.backward()
+                self.optimiser.collect()
             total += plain
         metrics = {
             "disc/loss": total,
@@ -231,13 +233,13 @@ class DiscriminatorLearner:
         """The moving average begins at the weights as they are now."""
         if self.config.ema_decay:
             trainable = self.discriminator.trainable()
-            self.average = {name: p.detach().clone() for name, p in trainable.items()}
+            self.average = {name: p.detach().float().clone() for name, p in trainable.items()}
 
     @torch.no_grad()
     def _follow(self) -> None:
         trainable = self.discriminator.trainable()
         for name, value in self.average.items():
-            value.lerp_(trainable[name].detach(), 1 - self.config.ema_decay)
+            value.lerp_(trainable[name].detach().to(value.dtype), 1 - self.config.ema_decay)
 
     def scoring(self) -> AbstractContextManager[None]:
         """Within it, f is that of the moving average where there is one."""
@@ -303,10 +305,12 @@ class PolicyLearner:
         keys = ("loss", "entropy", "logp", "clip_fraction", "kl_old", "kl_ref")
         metrics = {f"policy/{key}": 0.0 for key in keys}
         given = (advantages, old_logp, ref_logp)
+        self.optimiser.clear()
         for indices, batch, weight in micro_batches(traces, self.token_budget, self.policy):
             constants = [None if x is None else torch.cat([x[i] for i in indices]) for x in given]
             loss, stats = self.policy.inside(self._loss_of, batch, constants, actions)
             (weight * loss).backward()
+            self.optimiser.collect()
             share = weight * batch.num_actions / actions
             metrics["policy/loss"] += weight * float(loss.detach())
             metrics["policy/entropy"] += share * float(stats.entropy_mean)

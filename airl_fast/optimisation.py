@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from airl_fast.distributed import World, clip_grad_norm_, local_piece, sum_gradients
 from airl_fast.ops._deferred import raise_failed
 from airl_fast.optimizer_state import flatten_optimizer, restore_optimizer
+from airl_fast.wide_weights import WideWeights
 
 
 class NonFiniteGradientError(FloatingPointError):
@@ -26,6 +27,9 @@ class NonFiniteGradientError(FloatingPointError):
 
 class Optimiser:
     """AdamW over named parameters; the rate is a function of the number of updates made.
+
+    Those of fewer than 32 bits are updated through float32 copies (`WideWeights`). An update is
+    ``clear``, then ``collect`` after each micro-batch's backward, then ``step``.
 
     Args:
         parameters: what is trained at ``learning_rate``, with weight decay.
@@ -65,10 +69,13 @@ class Optimiser:
         self.total = updates
         self.final_fraction = final_fraction
         self.updates = 0
+        self.retired = False
         self.rates = [learning_rate, head_learning_rate]
-        groups = [{"params": list(parameters.values()), "weight_decay": weight_decay}]
+        self.wide = WideWeights(self.parameters)
+        updated = self.wide.updated
+        groups = [{"params": updated[: len(parameters)], "weight_decay": weight_decay}]
         if head:
-            groups.append({"params": list(head.values()), "weight_decay": 0.0})
+            groups.append({"params": updated[len(parameters) :], "weight_decay": 0.0})
         groups = [group for group in groups if group["params"]]
         if not parameters:
             self.rates = [head_learning_rate]
@@ -84,6 +91,15 @@ class Optimiser:
         cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
         return self.final_fraction + (1.0 - self.final_fraction) * cosine
 
+    def clear(self) -> None:
+        """Drop all gradients: what an update that failed has left."""
+        for p in (*self.parameters, *self.wide.updated):
+            p.grad = None
+
+    def collect(self) -> None:
+        """Add up the gradients that a backward has left."""
+        self.wide.collect()
+
     def step(self) -> float:
         """Clip, update, clear the gradients; return the gradient's norm before clipping.
 
@@ -91,24 +107,29 @@ class Optimiser:
             NonFiniteGradientError: naming the first parameter whose gradient is not finite; the
                 weights are left as they were.
         """
-        sum_gradients(self.parameters, self.world)
-        norm = clip_grad_norm_(self.parameters, self.clip_norm, self.world)
+        self.wide.collect()
+        if self.retired:
+            raise RuntimeError("an optimiser that was retired makes no more updates")
+        sum_gradients(self.wide.updated, self.world)
+        norm = clip_grad_norm_(self.wide.updated, self.clip_norm, self.world)
         # Reading the norm has waited for the GPU: what it found wrong is known.
         self.world.agree(raise_failed)
         if not math.isfinite(norm):
             error = self._non_finite(norm)
-            self.adamw.zero_grad(set_to_none=True)
+            self.clear()
             raise error
         factor = self.rate_factor()
         for group, rate in zip(self.adamw.param_groups, self.rates, strict=False):
             group["lr"] = rate * factor
+        self.wide.adopt()
         self.adamw.step()
-        self.adamw.zero_grad(set_to_none=True)
+        self.wide.publish()
+        self.clear()
         self.updates += 1
         return norm
 
     def _non_finite(self, norm: float) -> NonFiniteGradientError:
-        pairs = zip(self.names, self.parameters, strict=True)
+        pairs = zip(self.names, self.wide.updated, strict=True)
         bad = (
             name
             for name, p in pairs
@@ -123,12 +144,25 @@ class Optimiser:
             parameter,
         )
 
+    def retire(self) -> None:
+        """Free the moments and copies of an optimiser that makes no more updates."""
+        self.retired, self.wide = True, WideWeights([])
+        self.adamw.state.clear()
+        for group in self.adamw.param_groups:
+            group["params"] = []
+
     def state(self, prefix: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything that a checkpoint needs: tensors, and JSON-able values."""
+        if self.retired:
+            return {}, {"updates": self.updates, "retired": True}
         tensors, scalars = flatten_optimizer(self.adamw, prefix)
-        return tensors, {"updates": self.updates, "adamw": scalars}
+        return tensors | self.wide.state(prefix), {"updates": self.updates, "adamw": scalars}
 
     def restore(self, tensors: Mapping[str, Tensor], state: Any, prefix: str) -> None:
         """Set what ``state`` gave."""
         self.updates = state["updates"]
+        if self.retired or state.get("retired"):
+            self.retire()
+            return
         restore_optimizer(self.adamw, tensors, state["adamw"], prefix)
+        self.wide.restore(tensors, prefix)

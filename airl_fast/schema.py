@@ -208,11 +208,6 @@ class RunConfig:
                 "remove policy.gguf_file",
             ),
             (
-                policy.dtype == "bfloat16" and policy.lora_rank == 0,
-                "policy.dtype=bfloat16 with policy.lora_rank=0 trains bfloat16 weights, which "
-                "round small updates away; set policy.lora_rank, or policy.dtype=float32",
-            ),
-            (
                 self.algorithm.name == "airl" and len(self.sampling.stop) > 0,
                 f"sampling.stop={list(self.sampling.stop)} with algorithm.name=airl: "
                 "demonstrations end with the end-of-text token and stopped samples do not, which "

@@ -313,6 +313,7 @@ class Trainer:
 
     def _end_sft(self) -> None:
         """The warm start is over: f starts from the policy as it is now, and so does the KL."""
+        self.sft_learner.optimiser.retire()
         if self.discriminator is not None and self._starts_as_policy and self.sft_steps:
             self.discriminator.copy_body(self.policy)
         if self.disc_learner is not None:

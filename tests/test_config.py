@@ -137,7 +137,6 @@ def test_a_wrong_override_names_the_key_and_the_remedy(override, message):
 
 # Each case: overrides of the arithmetic recipe, and what the message has to name.
 CONTRADICTIONS = [
-    (["policy.dtype=bfloat16"], r"set policy\.lora_rank, or policy\.dtype=float32"),
     (["sampling.stop=['x']"], r"sampling\.stop=\['x'\] with algorithm\.name=airl"),
     (["discriminator.trunk=shared"], r"discriminator\.lora_rank"),
     (["discriminator.trunk=shared", "discriminator.lora_rank=4"], r"policy\.lora_rank"),

@@ -40,6 +40,7 @@ RUNS = {
     "wgan": [*WGAN, *LORA, "algorithm.expert_in_group=true"],
     "frozen": ["algorithm.frozen_discriminator=true"],
     "averaged": ["discriminator.ema_decay=0.7", "discriminator.pair_weight=1", "run.eval_kl=true"],
+    "bfloat16": ["policy.dtype=bfloat16", "discriminator.ema_decay=0.7"],
     "sft": ["algorithm.name=sft", "run.steps=4"],
     "grpo": ["algorithm.name=grpo", "algorithm.sft_warmup=2"],
 }
@@ -203,15 +204,22 @@ def test_a_run_at_a_falling_rate_keeps_its_length(falling, tmp_path):
         Trainer(make_config(tmp_path, *rates, "run.steps=4")).train()
 
 
-def test_saved_bfloat16_weights_are_trained_in_float32_or_under_an_adapter(tmp_path):
+def test_saved_bfloat16_weights_are_trained_as_they_are_or_as_told(tmp_path):
     Policy.from_pretrained("arithmetic-base", dtype=torch.bfloat16).save(tmp_path / "saved")
     model = f"policy.model={tmp_path / 'saved'}"
-    with pytest.raises(ValueError, match=r"holds weights of bfloat16.*set policy\.dtype=float32"):
-        Trainer(make_config(tmp_path / "a", model))
-    wide = Trainer(make_config(tmp_path / "b", model, "policy.dtype=float32"))
-    assert wide.policy.head.weight.dtype == torch.float32
-    adapted = Trainer(make_config(tmp_path / "c", model, *LORA))
-    assert adapted.policy.head.weight.dtype == torch.bfloat16
+    for name, given, dtype in (
+        ("a", [], torch.bfloat16),
+        ("b", ["policy.dtype=float32"], torch.float32),
+        ("c", LORA, torch.bfloat16),
+    ):
+        found = Trainer(make_config(tmp_path / name, model, *given))
+        assert found.policy.head.weight.dtype == dtype
+
+
+def test_saved_float16_weights_are_not_trained_as_they_are(tmp_path):
+    Policy.from_pretrained("arithmetic-base", dtype=torch.float16).save(tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"weights of float16.*set policy\.dtype=bfloat16 or"):
+        Trainer(make_config(tmp_path / "a", f"policy.model={tmp_path / 'saved'}"))
 
 
 def test_resume_never_and_must(tmp_path):

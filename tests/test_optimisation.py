@@ -140,3 +140,20 @@ def test_restoring_goes_on_with_the_same_bits():
             give_gradients(each, i)
             owner.step()
     assert all(torch.equal(named[name], copy[name]) for name in named)
+
+
+def test_a_retired_optimiser_holds_nothing_and_makes_no_updates():
+    named = parameters()
+    optimiser = Optimiser(named, learning_rate=0.1, **OPTIONS)
+    give_gradients(named, 0)
+    optimiser.step()
+    optimiser.retire()
+    tensors, state = optimiser.state("opt")
+    assert tensors == {}
+    assert not optimiser.adamw.state
+    other = Optimiser(parameters(), learning_rate=0.1, **OPTIONS)
+    other.restore({}, state, "opt")
+    for each in (optimiser, other):
+        assert each.updates == 1
+        with pytest.raises(RuntimeError, match="retired"):
+            each.step()
