@@ -94,7 +94,9 @@ def create_discriminator(config: RunConfig, policy: Policy) -> Discriminator:
 def _load_discriminator(config: RunConfig, policy: Policy) -> Discriminator:
     disc = config.discriminator
     assert disc.saved is not None
-    found = Discriminator.from_pretrained(reward_folder(Path(disc.saved)), device=policy.device)
+    found = Discriminator.from_pretrained(
+        reward_folder(Path(disc.saved)), dtype=policy.head.weight.dtype, device=policy.device
+    )
     if found.body is None:
         raise ValueError(
             f"discriminator.saved={disc.saved!r} reads the hidden states of the policy that it was "

@@ -203,6 +203,7 @@ def _add_models(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--policy", metavar="NAME|DIR", help="policy of the AIRL form (default: DIR/policy)")
     add("--device", default="cpu", help="such as cpu or cuda (default: %(default)s)")
+    add("--dtype", choices=("float32", "bfloat16"), help="of the weights (default: as saved)")
     add("--passes", choices=("packed", "alone"),
         help="as many rows a pass as --token-budget holds, or one pass for every prompt and every "
         "completion (default: alone on a CPU where packing is not exact, else packed)")  # fmt: skip

@@ -195,11 +195,14 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _scorer(arguments: argparse.Namespace) -> RewardScorer:
+    import torch
+
     from airl_fast.scorer import RewardScorer
 
     return RewardScorer.from_pretrained(
         arguments.directory,
         policy=arguments.policy,
+        dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
         device=arguments.device,
         passes=arguments.passes,
         token_budget=arguments.token_budget,

@@ -309,12 +309,21 @@ class Discriminator(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, directory: str | Path, *, device: str | torch.device = "cpu"
+        cls,
+        directory: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device = "cpu",
     ) -> Discriminator:
-        """Load what ``save`` wrote, with the same bits. A shared backbone is loaded as its own."""
+        """Load what ``save`` wrote, with the same bits. A shared backbone is loaded as its own.
+
+        ``dtype``: of the body's weights, if not that which they were saved in.
+        """
         directory, device = Path(directory), known_device(device)
         values = read_metadata(directory, "discriminator")
-        body = load_saved(directory, values["body"], device=device) if values["body"] else None
+        body = None
+        if values["body"]:
+            body = load_saved(directory, values["body"], dtype=dtype, device=device)
         discriminator = cls(
             body,
             head=values["head"],

@@ -124,6 +124,7 @@ class RewardScorer:
         directory: str | Path,
         *,
         policy: Policy | str | Path | None = None,
+        dtype: torch.dtype | None = None,
         device: str | torch.device = "cpu",
         passes: Passes | None = None,
         token_budget: int | None = None,
@@ -134,6 +135,7 @@ class RewardScorer:
         Args:
             directory: a run's folder, or the reward folder in it; the latter has no policy.
             policy: a policy, or its hub name or folder, instead of the run's own.
+            dtype: of the weights, such as torch.bfloat16 for a GPU; None: as they were saved.
             device: where the models go.
             passes: as the constructor; so are the other two.
             token_budget: of a packed pass.
@@ -148,9 +150,9 @@ class RewardScorer:
         if policy is None and reward != directory and (directory / "policy").is_dir():
             policy = directory / "policy"
         if isinstance(policy, (str, Path)):
-            policy = Policy.from_pretrained(policy)
+            policy = Policy.from_pretrained(policy, dtype=dtype)
         return cls(
-            Discriminator.from_pretrained(reward, device=device),
+            Discriminator.from_pretrained(reward, dtype=dtype, device=device),
             trained,
             policy=policy if policy is None else policy.to(device),
             calibration=read_calibration(reward),
