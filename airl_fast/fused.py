@@ -1,15 +1,16 @@
-"""A transformers decoder's layers on the fused operators of a CPU, with the same parameters.
+"""A transformers decoder's layers on fused operators, with the same parameters.
 
     T tokens   D hidden size   H query heads   E head size
 
 ``fuse`` gives modules another ``forward``: names and parameters stay as they are, and what the
-operators cannot serve (another device, another dtype, a cache) runs as it did.
+operators cannot serve (another dtype, a cache) runs as it did.
 
 Whole layers of Llama (SmolLM2 is one), Mistral, Qwen2 and Qwen3 run on operators that read and
-write once: norm, rotation, silu and gate. Without gradients and adapters, on a processor that has
-them, they are part of four products: the norm of what a product reads; silu and gate, biases and
-the residual of what it writes. In its first pass a layer is held to its own forward, and where
-another version of transformers has changed that, it stays what it was.
+write once: norm, rotation, silu and gate; on a CPU in float32, on a GPU in half precision too. On a
+CPU without gradients and adapters, on a processor that has them, they are part of four products:
+the norm of what a product reads; silu and gate, biases and the residual of what it writes. In its
+first pass a layer is held to its own forward, and where another version of transformers has changed
+that, it stays what it was.
 """
 
 from __future__ import annotations
@@ -22,10 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from airl_fast.attention import packed_attention
-from airl_fast.ops import _cpu_layer as between
 from airl_fast.ops import _cpu_products as products
+from airl_fast.ops import _layer as between
 from airl_fast.ops._cpu_products import Factor, Norm
-from airl_fast.ops.dispatch import forced
 
 _KNOWN = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
 # Error over the largest magnitude, by the precision of products, beyond which a layer is another.
@@ -71,23 +71,25 @@ def _layer(layer: Any, trust: _Trust, hidden_states: Tensor, *args: Any, **kwarg
 def _alike(found: Tensor, expected: Any) -> bool:
     if not isinstance(expected, Tensor) or expected.shape != found.shape:
         return False
-    limit = _TOLERANCE[torch.get_float32_matmul_precision()] * expected.abs().max()
-    return bool((found - expected).abs().max() <= limit)
+    share = _TOLERANCE[torch.get_float32_matmul_precision()]
+    if expected.dtype != torch.float32:
+        share = 4 * torch.finfo(expected.dtype).eps
+    return bool((found - expected).abs().max() <= share * expected.abs().max())
 
 
 def _serves(layer: Any, hidden_states: Tensor, kwargs: dict[str, Any]) -> bool:
-    """Whether a pass can run fused: one of ours, in float32, and nobody listens inside."""
-    if hidden_states.device.type != "cpu" or kwargs.get("packed_batch") is None:
+    """Whether a pass can run fused: one of ours, and nobody listens inside."""
+    if kwargs.get("packed_batch") is None:
         return False  # a text alone keeps its keys: once
     if kwargs.get("output_attentions") or kwargs.get("output_hidden_states"):
         return False
-    if kwargs.get("position_embeddings") is None or forced() not in (None, "cpu"):
+    if kwargs.get("position_embeddings") is None:
         return False
     attention, mlp = layer.self_attn, layer.mlp
     cos, sin = kwargs["position_embeddings"]
     norms = layer.input_layernorm, layer.post_attention_layernorm
     return (
-        not torch.is_autocast_enabled("cpu")
+        not torch.is_autocast_enabled(hidden_states.device.type)
         and between.serves(hidden_states, cos, sin, *(norm.weight for norm in norms))
         and cos.shape == (1, hidden_states.shape[1], attention.head_dim)
         and type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
@@ -144,14 +146,18 @@ def _fits_products(layer: Any, x: Tensor) -> bool:
     attention, mlp = layer.self_attn, layer.mlp
     heads = attention.q_proj, attention.k_proj, attention.v_proj
     others = attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj
-    return not torch.is_grad_enabled() and all(
-        type(module) is nn.Linear
-        and not _heard(module)
-        and module.weight.dtype == torch.float32
-        and (module.bias is None or module in heads)
-        and products.fits_bias(module.bias, module.out_features)
-        and products.serves_rows(len(x), module.weight) is None
-        for module in (*heads, *others)
+    return (
+        x.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and all(
+            type(module) is nn.Linear
+            and not _heard(module)
+            and module.weight.dtype == torch.float32
+            and (module.bias is None or module in heads)
+            and products.fits_bias(module.bias, module.out_features)
+            and products.serves_rows(len(x), module.weight) is None
+            for module in (*heads, *others)
+        )
     )
 
 

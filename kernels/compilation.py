@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from airl_fast.kernels import discriminator, linear_logprob, rows, scaling, segments
+from airl_fast.kernels import discriminator, layer, linear_logprob, rows, scaling, segments
 from airl_fast.kernels.launch import (
     ROW_CONFIGS,
     SEGMENT_CONFIGS,
@@ -73,10 +73,32 @@ def cases(arch: int) -> Iterator[Case]:
     yield from _rows()
     yield from _segments()
     yield from _spans()
+    yield from _layers()
     for dtype in ("bf16", "fp32"):
         types = {"x": f"*{dtype}", "factor": "*fp32", "count": "i64"}
         block = {"BLOCK": scaling.BLOCK}
         yield Case(scaling.scale_kernel, dtype, "", types, block, options(warps=8))
+
+
+def _layers() -> Iterator[Case]:
+    for dtype in _TYPES:
+        names = ("x", "weight", "out", "grad", "d_x", "gate", "up", "d_gate", "d_up", "cos", "sin")
+        types = dict.fromkeys(names, f"*{dtype}")
+        types |= {"scale": "*fp32", "parts": "*fp32", "rows": "i32", "count": "i64"}
+        types |= {"width": "i32", "stride": "i32", "heads": "i32", "size": "i32", "epsilon": "fp32"}
+        for width in (896, 4096, layer.LARGEST_WIDTH):
+            launch = layer.norm_launch(width)
+            block, opts = {"BLOCK": launch.pop("BLOCK")}, launch
+            yield Case(layer.norm_kernel, dtype, str(width), types, block, opts)
+            both = {"NEED_X": True, "NEED_WEIGHT": True}
+            yield Case(layer.norm_gradient_kernel, dtype, str(width), types, both | block, opts)
+        block, opts = {"BLOCK": layer.GATE_BLOCK}, options(warps=8)
+        for kernel in (layer.gate_kernel, layer.gate_gradient_kernel):
+            yield Case(kernel, dtype, "", types, block, opts)
+        for back in (False, True):
+            launch = layer.rotate_launch(14, 64)
+            tile = {name: launch.pop(name) for name in ("HEADS", "PAIRS")}
+            yield Case(layer.rotate_kernel, dtype, "", types, {"BACK": back, **tile}, launch)
 
 
 def _products(arch: int) -> Iterator[Case]:

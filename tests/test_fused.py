@@ -4,6 +4,7 @@ The measure is the error that transformers' own float32 forward makes.
 """
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -56,16 +57,19 @@ def model_of(kind):
     return model
 
 
-def batch_of(tokens=400):
+def batch_of(tokens=400, first=130):
+    """Two completions of one prompt, of ``first`` and of fewer tokens, and one of another."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(90, (tokens,), generator=generator).tolist()
-    first, second = ids[:7], ids[7:20]
-    traces = [
-        Trace(prompt=tuple(first), completion=tuple(ids[20:150]), span_lengths=(130,)),
-        Trace(prompt=tuple(first), completion=tuple(ids[150:230]), span_lengths=(80,)),
-        Trace(prompt=tuple(second), completion=tuple(ids[230:]), span_lengths=(tokens - 230,)),
-    ]
-    return pack(traces)
+    cuts = 20, 20 + first, 20 + first + (8 * first) // 13, tokens
+    pieces = [tuple(ids[a:b]) for a, b in pairwise(cuts)]
+    prompts = tuple(ids[:7]), tuple(ids[:7]), tuple(ids[7:20])
+    return pack(
+        [
+            Trace(prompt=prompt, completion=piece, span_lengths=(len(piece),))
+            for prompt, piece in zip(prompts, pieces, strict=True)
+        ]
+    )
 
 
 def states(model, batch):

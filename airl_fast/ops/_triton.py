@@ -138,6 +138,14 @@ def span_scores(*arguments: Any) -> tuple[Tensor, Tensor]:
     return _discriminator().span_scores(*arguments)
 
 
+@cache
+def layer() -> Any:
+    """What lies between a decoder's products: `airl_fast.kernels.layer`."""
+    from airl_fast.kernels import layer
+
+    return layer
+
+
 def _segments() -> Any:
     from airl_fast.kernels import segments
 

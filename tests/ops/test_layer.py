@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from airl_fast.ops import _cpu_layer as layer
+from airl_fast.ops import _layer as layer
 
 pytestmark = pytest.mark.usefixtures("path")
 WIDTHS = [1, 3, 16, 33, 96, 577]
