@@ -28,6 +28,7 @@ LINES = "cases.jsonl"
 SHAPES = ((4096, 4096, 128256), (8192, 2048, 128256), (8192, 896, 151936), (4096, 5120, 248320))
 _QUICK = ((64, 32, 512),)
 _ROWS = ((2048, 128256), (1024, 248320))  # R, V
+_LAYERS = ((16384, 896), (16384, 4096))  # T, D
 _SEQUENCES = (2048, 20000)
 QWEN = ModelShape(vocab=151936, hidden=896, inner=4864, layers=24, heads=14, kv_heads=2)
 
@@ -62,6 +63,14 @@ def plans(device: str, quick: bool) -> list[Plan]:
         for r, v in (((8, 512),) if quick else _ROWS)
         for o in ("POLICY", "READ")
     ]
+    layers = [
+        (
+            f"gpu_layers.{o} {t}x{d}",
+            partial(_case, "gpu_layers.layer_case", o, tokens=t, width=d, **half),
+        )
+        for o in ("NORM", "GATE", "ROTATION")
+        for t, d in (((8, 128),) if quick else _LAYERS)
+    ]
     spans = {"dtype": torch.float32, "device": device, "gamma": 0.99}
     segments = [
         (f"segments.{o} {s}", partial(_case, "segments.segment_case", o, sequences=s, **spans))
@@ -72,6 +81,7 @@ def plans(device: str, quick: bool) -> list[Plan]:
         *heads[0],
         *rows,
         ("step", partial(_case, "step.step_case", None, **whole)),
+        *layers,
         ("packing", partial(_case, "packing.packing_case", None, **whole)),
         *(plan for shape in heads[1:] for plan in shape),
         *segments,

@@ -175,7 +175,7 @@ def kept_gradients(optimiser: Optimiser, samples: int) -> Iterator[list[Tensor]]
     found: list[Tensor] = []
 
     def keep(*_: Any) -> None:
-        for parameter in optimiser.parameters:
+        for parameter in optimiser.wide.updated:
             assert parameter.grad is not None
             stride = max(1, parameter.numel() // samples)
             found.append(parameter.grad.flatten()[::stride].clone())

@@ -13,7 +13,7 @@ import torch
 
 from airl_fast import cli
 from airl_fast.ops import _gpu_head
-from benchmarks import gpu, gpu_products, gpu_rows, gpu_timing, heads, roofline
+from benchmarks import gpu, gpu_layers, gpu_products, gpu_rows, gpu_timing, heads, roofline
 from benchmarks.cross_entropy import cross_entropy_case
 from benchmarks.harness import Case, Prepared, Row, Sampled, Timing, Variant
 from benchmarks.runner import run_case
@@ -41,6 +41,13 @@ def test_products_of_chunks_are_those_of_the_whole(operator):
     case = gpu_products.product_case(operator, 40, 30, 8, torch.bfloat16, 0, "cpu")
     rows = run_case(case, TIMING)
     assert [row.status for row in rows] == ["ok"] * len(gpu_products.CUTS[operator])
+
+
+@pytest.mark.parametrize("operator", gpu_layers.OPERATORS)
+def test_what_lies_between_products_is_right_before_it_is_timed(operator):
+    case = gpu_layers.layer_case(operator, 9, 128, torch.float32, 0, "cpu")
+    rows = run_case(case, TIMING, peers=["plain torch"])
+    assert [(row.peer, row.status) for row in rows] == [("airl_fast", "ok"), ("plain torch", "ok")]
 
 
 def test_other_chunks_are_tried_and_put_back(monkeypatch):
