@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 _ROOT = Path(__file__).resolve().parent.parent
-_TESTS = ("tests/kernels", "tests/cuda", "tests/test_varlen.py")
+_TESTS = ("tests/cuda/test_on_gpu.py", "tests/kernels", "tests/test_varlen.py")
 _LINES = "cases.jsonl"  # as gpu_timing.LINES, which can be imported only once the package is built
 
 
@@ -94,7 +94,7 @@ def _build(wheels: Path | None) -> bool:
 def _tests(deadline: float) -> str:
     """Pytest's closing line over the GPU backends, on the GPU."""
     print("tests ...", end=" ", file=sys.stderr, flush=True)
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "8", "--no-header", *_TESTS]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "8", "--dist", "load", *_TESTS]
     limit = max(30.0, 0.4 * (deadline - time.monotonic()))
     known = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     try:
