@@ -38,7 +38,14 @@ from airl_fast.tasks import Task
 # What may differ between a run and its continuation: nothing that the weights depend on, but for
 # the order in which another number of threads adds up; and the guards, so that a run that one
 # stopped can go on past it.
-_FREE = {"output_dir", "resume", "checkpoint_every", "keep_checkpoints", "threads"}
+_FREE = {
+    "output_dir",
+    "resume",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "threads",
+    "gradient_checkpointing",
+}
 
 
 class RunFolder:

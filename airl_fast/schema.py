@@ -129,6 +129,11 @@ class RunSection:
     steps: Int = Field(default=60, ge=1, description="policy steps (sft: optimiser steps)")
     seed: Int = Field(default=0, ge=0, description="of sampling, batches and new weights")
     token_budget: Int = Field(default=16384, ge=2, description="tokens of a micro-batch")
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description="compute the activations of both models' layers again in backward passes: the "
+        "memory of long traces, for a third more time",
+    )
     checkpoint_every: Int = Field(default=20, ge=1, description="steps between checkpoints")
     keep_checkpoints: Int = Field(default=2, ge=1, description="newest checkpoints kept")
     resume: Literal["auto", "never", "must"] = Field(

@@ -37,6 +37,7 @@ from airl_fast.optimisation import Optimiser
 from airl_fast.packing import Source, Trace
 from airl_fast.passes import action_logp, offsets, per_trace_sum, span_energies
 from airl_fast.policy import Policy
+from airl_fast.recompute import recompute_layers
 from airl_fast.rollout import Rollout, largest_mismatch, sample, summarise
 from airl_fast.run_folder import RunFolder, write_models
 from airl_fast.tasks import Task, load_task
@@ -94,6 +95,10 @@ class Trainer:
             self.discriminator = discriminator or create_discriminator(config, self.policy)
         given = discriminator, config.discriminator.model, config.discriminator.saved
         self._starts_as_policy = all(one is None for one in given)
+        if config.run.gradient_checkpointing:
+            recompute_layers(self.policy)
+            if self.discriminator is not None and self.discriminator.body is not None:
+                recompute_layers(self.discriminator.body)
         self.on_step = on_step
         self.should_stop = should_stop
 
