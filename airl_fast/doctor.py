@@ -25,7 +25,7 @@ _PACKAGES = ("torch", "triton", "transformers", "peft", "datasets", "numpy", "sa
 # extra -> (the distributions it installs, what they add)
 _NOT_YET = "nothing in this version; kept for "
 EXTRAS = {
-    "liger": (("liger-kernel",), _NOT_YET + "fused norms and MLPs in the trunk, on a GPU"),
+    "liger": (("liger-kernel",), "a peer in the benchmarks, on a GPU"),
     "flash": (("flash-attn",), "flash-attention for packed batches, on a GPU (else torch's own)"),
     "vllm": (("vllm",), _NOT_YET + "rollouts sampled by vLLM, on a GPU"),
     "report": (("matplotlib",), "charts saved as PDF or PNG; report.html needs nothing"),

@@ -1,7 +1,7 @@
 """Decoder layers that compute their activations again in the backward pass, to keep none of them.
 
 Of each layer only its input is kept, as in gradient checkpointing (arXiv 1604.06174): the memory of
-a pass is then that of one layer and of the inputs of all, for about a third more time.
+a pass is then that of one layer and of the inputs of all, at the cost of another forward pass.
 """
 
 from __future__ import annotations

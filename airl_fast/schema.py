@@ -132,7 +132,7 @@ class RunSection:
     gradient_checkpointing: bool = Field(
         default=False,
         description="compute the activations of both models' layers again in backward passes: the "
-        "memory of long traces, for a third more time",
+        "memory of long traces, for another forward pass",
     )
     checkpoint_every: Int = Field(default=20, ge=1, description="steps between checkpoints")
     keep_checkpoints: Int = Field(default=2, ge=1, description="newest checkpoints kept")

@@ -42,6 +42,7 @@ from airl_fast.ops._policy_terms import (
     op_outputs,
     pieces,
 )
+from airl_fast.ops._scaling import scaled
 from airl_fast.ops.dispatch import implements, pick, register_autograd
 
 
@@ -317,29 +318,8 @@ def _backward(ctx: Any, d_loss: Tensor | None, *_: None) -> tuple[Any, ...]:
                     f"the gradient at {name} was not computed in the forward sweep: call "
                     "airl_fast.linear_policy_loss, and let it see what requires a gradient"
                 )
-            results[position] = _scaled(gradient, d_loss).to(dtype)
+            results[position] = scaled(gradient, d_loss).to(dtype)
     return tuple(results)
-
-
-def _scaled(gradient: Tensor, d_loss: Tensor) -> Tensor:
-    """``d_loss * gradient``, without a second ``[V, D]`` where d_loss is 1, as it mostly is.
-
-    A CPU looks at d_loss, which it does not have to wait for; on a GPU a kernel does, which works
-    in place: not where the graph is kept for another backward, and never while tracing.
-    """
-    if type(d_loss) is not Tensor:
-        return d_loss * gradient
-    if _triton.serves_in_place(gradient) and not _keeps_graph():
-        _triton.scale(gradient, d_loss)
-        return gradient
-    if d_loss.device.type == "cpu" and float(d_loss) == 1.0:
-        return gradient
-    return d_loss * gradient
-
-
-def _keeps_graph() -> bool:
-    """Whether the backward that is running may be followed by another over the same graph."""
-    return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 register_autograd(_linear_policy_loss, _backward, setup_context=_setup_context)
