@@ -94,8 +94,11 @@ def create_discriminator(config: RunConfig, policy: Policy) -> Discriminator:
 def _load_discriminator(config: RunConfig, policy: Policy) -> Discriminator:
     disc = config.discriminator
     assert disc.saved is not None
+    dtype = policy.head.weight.dtype
     found = Discriminator.from_pretrained(
-        reward_folder(Path(disc.saved)), dtype=policy.head.weight.dtype, device=policy.device
+        reward_folder(Path(disc.saved)),
+        dtype=None if dtype == torch.float16 else dtype,  # in which no full weights are trained
+        device=policy.device,
     )
     if found.body is None:
         raise ValueError(

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Mapping
+from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import torch
@@ -70,16 +72,25 @@ class Optimiser:
         self.final_fraction = final_fraction
         self.updates = 0
         self.retired = False
-        self.rates = [learning_rate, head_learning_rate]
-        self.wide = WideWeights(self.parameters)
-        updated = self.wide.updated
-        groups = [{"params": updated[: len(parameters)], "weight_decay": weight_decay}]
-        if head:
-            groups.append({"params": updated[len(parameters) :], "weight_decay": 0.0})
-        groups = [group for group in groups if group["params"]]
-        if not parameters:
-            self.rates = [head_learning_rate]
-        self.adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=betas)
+        counts = (len(parameters), len(head or {}))
+        kinds = zip(counts, (learning_rate, head_learning_rate), (weight_decay, 0.0), strict=True)
+        self._groups = [(count, decay, rate) for count, rate, decay in kinds if count]
+        self._betas = betas
+
+    @cached_property
+    def wide(self) -> WideWeights:
+        """What AdamW updates; made when the first gradient is collected."""
+        return WideWeights(self.parameters)
+
+    @cached_property
+    def adamw(self) -> torch.optim.AdamW:
+        """Made when the first update is."""
+        updated, groups = iter(self.wide.updated), []
+        for count, decay, rate in self._groups:
+            groups.append(
+                {"params": list(islice(updated, count)), "weight_decay": decay, "lr": rate}
+            )
+        return torch.optim.AdamW(groups, betas=self._betas)
 
     def rate_factor(self) -> float:
         """Share of the highest rate that the next update uses."""
@@ -93,7 +104,7 @@ class Optimiser:
 
     def clear(self) -> None:
         """Drop all gradients: what an update that failed has left."""
-        for p in (*self.parameters, *self.wide.updated):
+        for p in (*self.parameters, *(self.wide.updated if "wide" in vars(self) else ())):
             p.grad = None
 
     def collect(self) -> None:
@@ -107,9 +118,9 @@ class Optimiser:
             NonFiniteGradientError: naming the first parameter whose gradient is not finite; the
                 weights are left as they were.
         """
-        self.wide.collect()
         if self.retired:
             raise RuntimeError("an optimiser that was retired makes no more updates")
+        self.wide.collect()
         sum_gradients(self.wide.updated, self.world)
         norm = clip_grad_norm_(self.wide.updated, self.clip_norm, self.world)
         # Reading the norm has waited for the GPU: what it found wrong is known.
@@ -119,7 +130,7 @@ class Optimiser:
             self.clear()
             raise error
         factor = self.rate_factor()
-        for group, rate in zip(self.adamw.param_groups, self.rates, strict=False):
+        for group, (_, _, rate) in zip(self.adamw.param_groups, self._groups, strict=True):
             group["lr"] = rate * factor
         self.wide.adopt()
         self.adamw.step()
@@ -146,23 +157,23 @@ class Optimiser:
 
     def retire(self) -> None:
         """Free the moments and copies of an optimiser that makes no more updates."""
-        self.retired, self.wide = True, WideWeights([])
-        self.adamw.state.clear()
-        for group in self.adamw.param_groups:
-            group["params"] = []
+        self.retired = True
+        for made in ("adamw", "wide"):
+            vars(self).pop(made, None)
 
     def state(self, prefix: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything that a checkpoint needs: tensors, and JSON-able values."""
-        if self.retired:
-            return {}, {"updates": self.updates, "retired": True}
+        if self.retired or "adamw" not in vars(self):
+            return {}, {"updates": self.updates, "adamw": None, "retired": self.retired}
         tensors, scalars = flatten_optimizer(self.adamw, prefix)
-        return tensors | self.wide.state(prefix), {"updates": self.updates, "adamw": scalars}
+        values = {"updates": self.updates, "adamw": scalars, "retired": False}
+        return tensors | self.wide.state(prefix), values
 
     def restore(self, tensors: Mapping[str, Tensor], state: Any, prefix: str) -> None:
         """Set what ``state`` gave."""
-        self.updates = state["updates"]
-        if self.retired or state.get("retired"):
-            self.retire()
+        self.retire()
+        self.updates, self.retired = state["updates"], state.get("retired", False)
+        if state["adamw"] is None:
             return
         restore_optimizer(self.adamw, tensors, state["adamw"], prefix)
         self.wide.restore(tensors, prefix)

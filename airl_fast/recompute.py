@@ -48,7 +48,6 @@ def _run(owner: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> 
         forward,
         *args,
         use_reentrant=False,
-        preserve_rng_state=False,  # nothing is drawn in a layer
         context_fn=partial(_contexts, owner),
         **kwargs,
     )

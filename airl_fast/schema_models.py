@@ -19,8 +19,8 @@ class PolicyConfig:
     gguf_file: str | None = Field(default=None, description="GGUF file inside policy.model")
     dtype: Literal["float32", "bfloat16"] | None = Field(
         default=None,
-        description="weights and activations; logits, updates and sums of gradients are always "
-        "float32; null: float32, or that of a policy that was saved",
+        description="weights and activations; logits, updates and the sums of gradients over "
+        "micro-batches are always float32; null: float32, or that of a policy that was saved",
     )
     lora_rank: Int = Field(default=0, ge=0, description="rank of the adapters; 0: full weights")
     lora_alpha: Int = Field(default=16, ge=1, description="scale of the adapters")

@@ -135,7 +135,8 @@ class RewardScorer:
         Args:
             directory: a run's folder, or the reward folder in it; the latter has no policy.
             policy: a policy, or its hub name or folder, instead of the run's own.
-            dtype: of the weights, such as torch.bfloat16 for a GPU; None: as they were saved.
+            dtype: of the weights, such as torch.bfloat16 for a GPU; None: as they were saved. A
+                policy that is given as an object stays as it is.
             device: where the models go.
             passes: as the constructor; so are the other two.
             token_budget: of a packed pass.

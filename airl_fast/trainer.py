@@ -396,6 +396,8 @@ class Trainer:
         """Set what ``save_checkpoint`` wrote."""
         copy_parameters(self.policy.trainable(), tensors, "policy.")
         self.sft_learner.optimiser.restore(tensors, state["sft"], "sft_adamw")
+        if state["step"] > self.sft_steps:
+            self.sft_learner.optimiser.retire()
         self.policy_learner.optimiser.restore(tensors, state["policy"], "policy_adamw")
         if self.disc_learner is not None:
             self.disc_learner.restore(tensors, state["discriminator"])

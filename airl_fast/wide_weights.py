@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from airl_fast.distributed import place_like
+from airl_fast.distributed import local_piece, place_like
 
 
 class WideWeights:
@@ -30,6 +30,7 @@ class WideWeights:
         ]
         pairs = zip(parameters, self.updated, strict=True)
         self._copies = {i: pair for i, pair in enumerate(pairs) if pair[0] is not pair[1]}
+        self._seen = {i: _version(narrow) for i, (narrow, _) in self._copies.items()}
 
     def collect(self) -> None:
         """Move the gradients of the weights to their copies, added to what is there."""
@@ -44,16 +45,19 @@ class WideWeights:
 
     @torch.no_grad()
     def adopt(self) -> None:
-        """Take over the weights that were set since `publish`, by a warm start for one."""
-        for narrow, wide in self._copies.values():
+        """Take over the weights that were set since `publish`, by somebody else."""
+        for i, (narrow, wide) in self._copies.items():
+            if _version(narrow) == self._seen[i]:
+                continue
             same = wide.to(narrow.dtype) == narrow
             wide.copy_(torch.where(same, wide, narrow.to(wide.dtype)))
 
     @torch.no_grad()
     def publish(self) -> None:
         """Set the weights to their copies, rounded."""
-        for narrow, wide in self._copies.values():
+        for i, (narrow, wide) in self._copies.items():
             narrow.copy_(wide)
+            self._seen[i] = _version(narrow)
 
     def state(self, prefix: str) -> dict[str, Tensor]:
         """The copies, by the numbers of their weights, for a checkpoint."""
@@ -76,3 +80,8 @@ class WideWeights:
                     "policy.dtype that the run was started with"
                 )
             wide.copy_(place_like(value, wide))
+
+
+def _version(parameter: Tensor) -> int:
+    """A number that grows whenever the values are set in place."""
+    return parameter._version + local_piece(parameter)._version

@@ -152,7 +152,7 @@ def rotate_launch(heads: int, size: int) -> dict[str, int | bool]:
 
 def norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """Norms [T, D] of rows of ``x [T, D]``, contiguous, and their scales [T] float32."""
-    out, scale = torch.empty_like(x), torch.empty(len(x), device=x.device)
+    out, scale = torch.empty_like(x), torch.empty(len(x), dtype=torch.float32, device=x.device)
     if x.numel():
         with on_device(x):
             norm_kernel[(len(x),)](
@@ -169,7 +169,9 @@ def norm_gradient(
     need_x, need_weight = needs
     programs = min(rows, _PARTS)
     d_x = torch.empty_like(x) if need_x else None
-    parts = torch.empty(programs, width, device=x.device) if need_weight else None
+    parts = None
+    if need_weight:
+        parts = torch.empty(programs, width, dtype=torch.float32, device=x.device)
     if x.numel():
         with on_device(x):
             norm_gradient_kernel[(programs,)](

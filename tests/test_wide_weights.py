@@ -9,7 +9,7 @@ from airl_fast.optimisation import Optimiser
 from airl_fast.trainer import Trainer
 from airl_fast.wide_weights import WideWeights
 from tests.distributed_runs import in_processes, train
-from tests.watched import make_config
+from tests.watched import StoppedError, make_config
 
 OPTIONS = {"weight_decay": 0.1, "betas": (0.9, 0.98), "clip_norm": 1e9}
 SHAPES = ((5, 3), (4,))
@@ -170,3 +170,68 @@ def test_two_processes_keep_copies_of_their_pieces(tmp_path):
         assert got == pytest.approx(expected, rel=0.05)
     found = [copies_are_the_weights(tmp_path / name, "sft_adamw") for name in ("one", "two")]
     assert found[0] == found[1] > 0
+
+
+def test_an_update_begins_without_what_a_failed_one_left(tmp_path):
+    ends = []
+    for name in ("clean", "planted"):
+        given = ["policy.dtype=bfloat16", "run.steps=1", "algorithm.sft_warmup=0"]
+        trainer = Trainer(make_config(tmp_path / name, *given))
+        for learner in (trainer.policy_learner, trainer.disc_learner):
+            if name == "planted":
+                for p in (*learner.optimiser.parameters, *learner.optimiser.wide.updated):
+                    p.grad = torch.ones_like(p)
+        trainer.train()
+        models = trainer.policy, trainer.discriminator
+        ends.append([p.detach().clone() for m in models for p in m.trainable().values()])
+    for clean, planted in zip(*ends, strict=True):
+        assert torch.equal(clean, planted)
+
+
+def test_copies_are_made_for_what_is_updated_alone(tmp_path):
+    given = ["policy.dtype=bfloat16", "algorithm.name=sft", "run.steps=1", "run.checkpoint_every=1"]
+    trainer = Trainer(make_config(tmp_path, *given))
+    trainer.train()
+    assert "wide" not in vars(trainer.policy_learner.optimiser)
+    newest = sorted((tmp_path / "checkpoints").iterdir())[-1]
+    names = load_file(newest / "tensors.safetensors").keys()
+    assert any(name.startswith("sft_adamw.wide.") for name in names)
+    assert not any(name.startswith("policy_adamw.") for name in names)
+
+
+WARM = ["algorithm.sft_warmup=3", "run.checkpoint_every=2", "run.steps=2"]
+
+
+def test_a_trainer_that_is_stopped_after_its_warm_start_may_go_back_into_it(tmp_path):
+    trainer = Trainer(make_config(tmp_path / "a", *WARM))
+    evaluate = trainer._evaluate
+
+    def stop(metrics):
+        if trainer.step == 4:
+            raise StoppedError
+        evaluate(metrics)
+
+    trainer._evaluate = stop
+    with pytest.raises(StoppedError):
+        trainer.train()
+    assert trainer.sft_learner.optimiser.retired
+    trainer._evaluate = evaluate
+    trainer.train()
+    whole = Trainer(make_config(tmp_path / "b", *WARM))
+    whole.train()
+    weights = [t.policy.trainable().values() for t in (trainer, whole)]
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+def test_a_checkpoint_of_before_goes_on_without_the_moments_of_its_warm_start(tmp_path):
+    trainer = Trainer(make_config(tmp_path, *WARM))
+    trainer.train()
+    tensors, state = trainer.folder.open_together(trainer.world)
+    other = Optimiser(trainer.policy.trainable(), learning_rate=1e-3, **OPTIONS)
+    for p in trainer.policy.trainable().values():
+        p.grad = torch.zeros_like(p)
+    other.step()
+    moments, state["sft"] = other.state("sft_adamw")
+    del state["sft"]["retired"]
+    trainer.restore(tensors | moments, state)
+    assert trainer.sft_learner.optimiser.state("sft_adamw")[0] == {}

@@ -9,10 +9,11 @@ goes straight into the ratio ``exp(logp - old_logp)``. The row kernels then turn
 gradient in place, in the products' dtype, as plain torch has it.
 
 d weight is written by the first chunk and added to by every other. Where all of the head is
-bfloat16 and there are at most ``_NARROW_CHUNKS`` chunks, both gradients are bfloat16 from the
-start: a float32 d weight has twice the bytes of the weight, and to write, read, scale and round it
-costs a head of D = 4,096 about as much as a product. Otherwise they are float32: in bfloat16 every
-addition rounds what the last one left, and float16 would overflow or lose what is small.
+bfloat16 and there are at most ``_NARROW_CHUNKS`` chunks it is bfloat16 from the start, as d hidden,
+whose rows are written once, always is then: a float32 d weight has twice the bytes of the weight,
+and to write, read, scale and round it costs a head of D = 4,096 about as much as a product.
+Otherwise both are float32: in bfloat16 every addition rounds what the last one left, and float16
+would overflow or lose what is small.
 
 Extra memory at any N: ``CHUNK_BYTES`` (512 MiB unless changed) for the chunk and copies of its rows
 (if rows are ignored or converted); where hidden and weight differ in dtype also a float32 copy of
@@ -34,7 +35,7 @@ CHUNK_BYTES = 512 * 2**20  # tests lower it to force many chunks
 LOGITS = torch.float32  # of a chunk of bfloat16 products; bfloat16 is for benchmarks/gpu.py
 
 _ALIGNED = 64  # logits from one row to the next: a multiple, so that rows start on 16 bytes
-_TILE = 128  # rows of a chunk: a multiple where it can be, or the products' last tiles are wasted
+_TILE = 128  # rows of a chunk: even ones go up to a multiple, if there is room, for whole tiles
 # bfloat16 gradients: the most chunks that add up in it. If partial sums grow like a random walk,
 # k roundings err by sqrt((k + 1) / 2) of plain torch's one: by 1.6 for 4.
 _NARROW_CHUNKS = 4
@@ -109,7 +110,7 @@ class GPUHead:
         on = self._states.device
         self.hidden = hidden(self._states.shape if need_hidden else (0,), dtype=once, device=on)
         self.weight = weight(self._weight.shape if need_weight else (0,), dtype=added, device=on)
-        self.bias = torch.zeros(len(self._weight) if need_bias else 0, device=on)
+        self.bias = self._stats.new_zeros(len(self._weight) if need_bias else 0)
 
     def fill(self, chunk: slice) -> None:
         """Compute the logits of a chunk of the kept rows; they replace those of the last."""
@@ -202,9 +203,10 @@ def chunk_rows(vocab: int, copied: int = 0, logits: torch.dtype = torch.float32)
 def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
     """Write ``a b``, or add it to what is there, into ``out``; summed in float32.
 
-    ``out`` is float32 or of the operands' dtype. Half-precision operands go through the tensor
-    cores of a CUDA device; a float32 ``out`` of them (``out_dtype``) has no CPU kernel: in CPU
-    memory, where only Triton's interpreter gets, they are converted first.
+    ``out`` is float32 or of the operands' dtype; into that, a product that is split along its sum
+    may be put together in it (torch's ``allow_bf16_reduced_precision_reduction``). Half-precision
+    operands go through the tensor cores of a CUDA device; a float32 ``out`` of them (``out_dtype``)
+    has no CPU kernel: in CPU memory, where only Triton's interpreter gets, they are converted.
     """
     if not a.is_cuda:
         out.copy_(torch.addmm(out.float(), a.float(), b.float(), beta=float(add)))

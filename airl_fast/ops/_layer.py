@@ -94,11 +94,13 @@ class _Norm(torch.autograd.Function):
         need_x, need_weight = ctx.needs_input_grad[:2]
         d_x = d_weight = None
         if torch.is_grad_enabled():
-            scale = (x.square().mean(-1) + ctx.epsilon).rsqrt()
-            u = weight * grad
-            d_x = scale[:, None] * u - x * (scale.pow(3) * (u * x).mean(-1))[:, None]
+            wide, wide_grad = x.float(), grad.float()  # float16 squares overflow from 256 on
+            scale = (wide.square().mean(-1) + ctx.epsilon).rsqrt()
+            u = weight.float() * wide_grad
+            d_x = scale[:, None] * u - wide * (scale.pow(3) * (u * wide).mean(-1))[:, None]
+            d_x = d_x.to(x.dtype)
             if need_weight:
-                d_weight = (grad * x * scale[:, None]).sum(0)
+                d_weight = (wide_grad * wide * scale[:, None]).sum(0).to(weight.dtype)
         elif ctx.triton:
             given = grad.contiguous(), x, weight, scale
             d_x, d_weight = _triton.layer().norm_gradient(*given, (need_x, need_weight))

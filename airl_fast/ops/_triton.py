@@ -87,8 +87,8 @@ HEAD = _gpu_head.HeadOperators(rows, _read)
 
 
 def serves_in_place(gradient: Tensor) -> bool:
-    """Whether `scale` takes this gradient, and no other backend is forced."""
-    return dispatch.forced() in (None, "triton") and serves(gradient) is None
+    """Whether `scale` takes this gradient, float32 or narrower, and no other device's is forced."""
+    return dispatch.forced() in (None, "triton", "cuda") and serves_head(gradient) is None
 
 
 def scale(gradient: Tensor, factor: Tensor) -> None:

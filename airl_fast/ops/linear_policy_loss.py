@@ -186,9 +186,10 @@ def linear_policy_loss(
         differentiate and weight.requires_grad,
         differentiate and bias is not None and bias.requires_grad,
     )
-    loss, _, _, _, means, logp, entropy = (x.float() for x in outputs)
+    loss, _, _, _, *seen = outputs
+    means, logp, entropy = (x.float() for x in seen)
     ratio, clipped, kl_old, kl_ref, mean = means.unbind()
-    return loss, PolicyLossStats(ratio, clipped, kl_old, kl_ref, mean, logp, entropy)
+    return loss.float(), PolicyLossStats(ratio, clipped, kl_old, kl_ref, mean, logp, entropy)
 
 
 def _check_constant(name: str, tensor: Tensor | None, hidden: Tensor) -> None:

@@ -146,3 +146,20 @@ def test_values_that_are_not_finite_are_refused():
     hidden[2, 0] = float("nan")
     with pytest.raises(ValueError, match="logp"):
         airl_fast.linear_logprob(hidden, weight, targets, bias=bias)
+
+
+def test_what_is_traced_is_what_is_returned():
+    """Dtypes included: gradients of bfloat16 wait in bfloat16 on a GPU."""
+    hidden, weight, targets, bias = on_device(
+        *head_calls.inputs(5, 80, dtype=torch.bfloat16, ignored=0)
+    )
+    ones = torch.ones(5, device=DEVICE)
+    cu_seqs = torch.tensor([0, 5], dtype=torch.int32, device=DEVICE)
+    modes = ("token", "token", 1.0, True, True, True)
+    given = (hidden, weight, targets, ones, cu_seqs, None, None, bias, 1.0, None, 1.0)
+    arguments = (*given, 0.2, 0.2, None, 0.0, 0.0, *modes)
+    torch.library.opcheck(
+        torch.ops.airl_fast.linear_policy_loss.default, arguments, test_utils="test_faketensor"
+    )
+    outputs = torch.ops.airl_fast.linear_policy_loss(*arguments)
+    assert [x.dtype for x in outputs[1:4]] == [torch.bfloat16] * 3

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import airl_fast
 from airl_fast import linear_policy_loss
@@ -121,5 +122,29 @@ def test_gradients_are_scaled_in_place_by_triton_alone(device):
     gradient = torch.ones(3, device=device)
     with airl_fast.backend("triton"):
         assert _triton.serves_in_place(gradient)
+        assert not _triton.serves_in_place(gradient.double())
     with airl_fast.backend("reference"):
         assert not _triton.serves_in_place(gradient)
+
+
+def test_gradients_that_wait_in_bfloat16_are_not_widened(monkeypatch):
+    """As on a GPU, where a float32 copy of one of [V, D] is what this is to save."""
+
+    class Copies(TorchDispatchMode):
+        seen = ()
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if function is torch.ops.aten._to_copy.default and out.ndim == 2:
+                self.seen += ((args[0].dtype, out.dtype, tuple(out.shape)),)
+            return out
+
+    narrow = lambda x, dtype: dtype if x is None else x.dtype  # noqa: E731
+    monkeypatch.setattr("airl_fast.ops.linear_policy_loss.gradient_dtype", narrow)
+    hidden, weight, targets, _ = inputs(9, 50, dtype=torch.bfloat16, ignored=0)
+    cu_seqs = torch.tensor([0, 9], dtype=torch.int32)
+    with Copies() as copies:
+        loss, _ = linear_policy_loss(hidden, weight, targets, torch.ones(9), cu_seqs=cu_seqs)
+        loss.backward()
+    assert (torch.bfloat16, torch.float32, (50, 6)) not in copies.seen
+    assert weight.grad.dtype == torch.bfloat16

@@ -128,6 +128,29 @@ def test_layers_in_bfloat16(device, monkeypatch):
     assert torch.equal(states(model, batch), found)
 
 
+def test_one_large_token_does_not_hide_that_a_layer_has_changed(device, monkeypatch):
+    model, batch = model_of("llama").to(device, torch.bfloat16), batch_of(60, first=20).to(device)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[batch.input_ids[3]] *= 300
+    for each in model.base_model.layers:
+        activation = each.mlp.act_fn
+        activation.forward = lambda x: torch.nn.functional.silu(x) + 0.5
+    expected = states(model, batch)
+    fuse(model)
+    assert torch.equal(states(model, batch), expected)
+
+
+def test_the_norms_gradient_that_can_be_differentiated_is_right_in_float16(device):
+    x = (300 * numbers(4, 16).detach()).to(device, torch.float16).requires_grad_()
+    weight = numbers(16, seed=1).detach().to(device, torch.float16).requires_grad_()
+    y = layer.rms_norm(x, weight, 1e-5)
+    found = torch.autograd.grad(y.float().sin().sum(), [x, weight], create_graph=True)
+    wide = [t.detach().double().requires_grad_() for t in (x, weight)]
+    exact = torch.autograd.grad(norm_formula(*wide).sin().sum(), wide)
+    for got, right in zip(found, exact, strict=True):
+        assert (got.double() - right).abs().max() <= 5e-3 * right.abs().max()
+
+
 def states_with_gradients(model, batch):
     from airl_fast.attention import packed_forward
 
