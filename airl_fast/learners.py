@@ -6,8 +6,8 @@ gradient do not depend on how it was cut.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -19,7 +19,6 @@ from torch.nn.functional import softplus
 from airl_fast.batches import Replay
 from airl_fast.config import RunConfig
 from airl_fast.discriminator import Discriminator
-from airl_fast.distributed import place_like
 from airl_fast.language_model import Head, LanguageModel
 from airl_fast.negatives import told_apart
 from airl_fast.ops.discriminator_loss import discriminator_loss
@@ -28,6 +27,7 @@ from airl_fast.ops.segments import segment_mean, segment_sum
 from airl_fast.optimisation import Optimiser
 from airl_fast.packing import PackedBatch, Source, Trace
 from airl_fast.passes import micro_batches, offsets, span_energies
+from airl_fast.weights import copy_parameters, swapped
 
 Metrics = dict[str, float]
 FORMS: dict[str, Literal["airl", "logit", "wgan"]] = {
@@ -369,35 +369,3 @@ class PolicyLearner:
             normaliser=float(actions),
             **head.arguments(),
         )
-
-
-def copy_parameters(
-    parameters: Mapping[str, Tensor], values: dict[str, Tensor], prefix: str
-) -> None:
-    """Set every parameter from ``values[prefix + name]``.
-
-    Raises:
-        ValueError: a value is missing or has another shape, naming it.
-    """
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            value = values.get(prefix + name)
-            if value is None or value.shape != parameter.shape:
-                found = "nothing" if value is None else f"shape {tuple(value.shape)}"
-                raise ValueError(
-                    f"{prefix + name}: expected shape {tuple(parameter.shape)}, found {found}; "
-                    "resume with the models that the run was started with"
-                )
-            parameter.copy_(place_like(value, parameter))
-
-
-@contextmanager
-def swapped(model: LanguageModel | Discriminator, values: dict[str, Tensor]) -> Iterator[None]:
-    """The model with other weights, for as long as the block lasts."""
-    trainable = model.trainable()
-    own = {name: p.detach().clone() for name, p in trainable.items()}
-    copy_parameters(trainable, values, "")
-    try:
-        yield
-    finally:
-        copy_parameters(trainable, own, "")

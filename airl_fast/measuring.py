@@ -14,9 +14,9 @@ from airl_fast.building import load_measured
 from airl_fast.checkpoint import load_checkpoint
 from airl_fast.config import RunConfig
 from airl_fast.language_model import LanguageModel
-from airl_fast.learners import copy_parameters
 from airl_fast.tasks import load_task
 from airl_fast.validation import Samples, sample_problems
+from airl_fast.weights import copy_parameters
 
 VALIDATION_SAMPLES = 4  # of a validation problem, at each temperature above 0
 Split = Literal["validation", "test"]

@@ -72,9 +72,8 @@ class Optimiser:
         self.final_fraction = final_fraction
         self.updates = 0
         self.retired = False
-        counts = (len(parameters), len(head or {}))
-        kinds = zip(counts, (learning_rate, head_learning_rate), (weight_decay, 0.0), strict=True)
-        self._groups = [(count, decay, rate) for count, rate, decay in kinds if count]
+        groups = [(parameters, weight_decay, learning_rate), (head or {}, 0.0, head_learning_rate)]
+        self._groups = [(len(named), decay, rate) for named, decay, rate in groups if named]
         self._betas = betas
 
     @cached_property

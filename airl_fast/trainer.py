@@ -30,8 +30,6 @@ from airl_fast.learners import (
     Metrics,
     PolicyLearner,
     combine_logp,
-    copy_parameters,
-    swapped,
 )
 from airl_fast.optimisation import Optimiser
 from airl_fast.packing import Source, Trace
@@ -49,6 +47,7 @@ from airl_fast.validation import (
     traces_of,
     validate,
 )
+from airl_fast.weights import copy_parameters, swapped
 
 SFT, DISCRIMINATOR, BOTH = "sft", "discriminator", "policy"
 

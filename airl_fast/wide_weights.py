@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from airl_fast.distributed import local_piece, place_like
+from airl_fast.distributed import local_piece
+from airl_fast.weights import copy_parameters
 
 
 class WideWeights:
@@ -61,25 +62,18 @@ class WideWeights:
 
     def state(self, prefix: str) -> dict[str, Tensor]:
         """The copies, by the numbers of their weights, for a checkpoint."""
-        return {f"{prefix}.wide.{i}": wide.detach() for i, (_, wide) in self._copies.items()}
+        return {f"{prefix}.wide.{name}": value.detach() for name, value in self._named().items()}
 
-    @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor], prefix: str) -> None:
         """Set what ``state`` gave.
 
         Raises:
             ValueError: a copy is missing or has another shape.
         """
-        for i, (_, wide) in self._copies.items():
-            value = tensors.get(f"{prefix}.wide.{i}")
-            if value is None or value.shape != wide.shape:
-                found = "nothing" if value is None else f"shape {tuple(value.shape)}"
-                raise ValueError(
-                    f"{prefix}.wide.{i}: expected the float32 copy of a weight of shape "
-                    f"{tuple(wide.shape)}, found {found}; resume with the models and the "
-                    "policy.dtype that the run was started with"
-                )
-            wide.copy_(place_like(value, wide))
+        copy_parameters(self._named(), tensors, f"{prefix}.wide.")
+
+    def _named(self) -> dict[str, Tensor]:
+        return {str(i): wide for i, (_, wide) in self._copies.items()}
 
 
 def _version(parameter: Tensor) -> int:

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from airl_fast.learners import PolicyLearner, combine_logp, copy_parameters
+from airl_fast.learners import PolicyLearner, combine_logp
 from airl_fast.optimisation import Optimiser
 from airl_fast.packing import pack
+from airl_fast.weights import copy_parameters
 from tests import oracle
 from tests.learning import (
     BUDGETS,

@@ -7,7 +7,6 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from airl_fast import backend, pack
-from airl_fast.attention import packed_forward
 from airl_fast.loading import add_adapter
 from airl_fast.packing import Trace
 from airl_fast.policy import Policy
@@ -144,9 +143,15 @@ def test_two_processes(tmp_path):
         torch.testing.assert_close(many["weights"][name], weight, rtol=1e-4, atol=1e-5)
 
 
-def test_texts_run_alone_are_not_recomputed():
+def test_a_text_that_is_continued_keeps_its_keys():
     policy = Policy.from_pretrained("arithmetic-base")
-    expected = packed_forward(policy.causal_lm.base_model, batch()).detach()
-    recompute_layers(policy)
+    ids = torch.arange(3, 14)
+
+    def continued():
+        first, kept = policy.continued(ids[:6])
+        return torch.cat([first, policy.continued(ids[6:], kept)[0]])
+
     with torch.no_grad():
-        assert torch.equal(packed_forward(policy.causal_lm.base_model, batch()), expected)
+        expected = continued()
+        recompute_layers(policy)
+        assert torch.equal(continued(), expected)

@@ -8,11 +8,11 @@ import torch
 
 from airl_fast.attention import standard_attention
 from airl_fast.discriminator import Discriminator
-from airl_fast.learners import swapped
 from airl_fast.packing import pack
 from airl_fast.policy import Policy
 from airl_fast.trainer import Trainer
 from airl_fast.validation import sample_problems, sample_validation, validate
+from airl_fast.weights import swapped
 from tests import oracle
 from tests.watched import (
     LORA,

@@ -90,8 +90,9 @@ class GPUHead:
         """Bytes of what a row of a chunk has beside its logits: copies of its hidden state."""
         gathered = len(self._kept) < len(self._states)
         converted = self._states.dtype != self._dtype
-        numbers = self._states.itemsize * gathered + self._dtype.itemsize * converted
-        return width * (numbers + (4 if gathered and self._needs[0] else 0))
+        state = self._states.itemsize * gathered + self._dtype.itemsize * converted
+        gradient = 4 if gathered and self._needs[0] else 0
+        return width * (state + gradient)
 
     def begin(self, chunks: int, *, narrow: bool) -> None:
         """Allocate the gradients.
@@ -306,9 +307,9 @@ class HeadOperators:
         scale = sweep.half_scale(d_logp, d_entropy)
         if scale is not None:
             d_logp, d_entropy = (None if d is None else d * scale for d in (d_logp, d_entropy))
-        parts_of = list(chunks(len(kept), sweep.limit))
-        sweep.begin(len(parts_of), narrow=narrow)
-        for chunk in parts_of:
+        cuts = list(chunks(len(kept), sweep.limit))
+        sweep.begin(len(cuts), narrow=narrow)
+        for chunk in cuts:
             sweep.fill(chunk)
             parts = (None if d is None else d[chunk] for d in (d_logp, d_entropy))
             sweep.differentiate(chunk, targets[chunk], *parts, was_read=False)
@@ -332,9 +333,9 @@ class HeadOperators:
         scale = sweep.half_scale(actions.share)
         if scale is not None:
             actions = actions._replace(share=actions.share * scale)
-        whole = list(pieces(actions, sweep.limit, loss.per_sequence))
-        sweep.begin(sum(len(piece) for piece in whole), narrow=True)
-        for piece in whole:
+        cuts = list(pieces(actions, sweep.limit, loss.per_sequence))
+        sweep.begin(sum(len(piece) for piece in cuts), narrow=True)
+        for piece in cuts:
             if loss.per_sequence:
                 _sequences(sweep, piece, actions, loss, logp, entropy)
             else:

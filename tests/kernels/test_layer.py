@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from airl_fast import backend
+from airl_fast.attention import packed_forward
 from airl_fast.fused import fuse
 from airl_fast.ops import _layer as layer
 from tests.ops.test_layer import check, norm_formula, numbers, rotation_formula
@@ -98,7 +99,7 @@ def test_layers_and_their_gradients_are_as_exact_as_those_of_transformers(
 
     def everything(model):
         model.zero_grad()
-        hidden = states_with_gradients(model, batch)
+        hidden = packed_forward(model.base_model, batch)
         hidden.square().sum().backward()
         named = {
             name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None
@@ -149,9 +150,3 @@ def test_the_norms_gradient_that_can_be_differentiated_is_right_in_float16(devic
     exact = torch.autograd.grad(norm_formula(*wide).sin().sum(), wide)
     for got, right in zip(found, exact, strict=True):
         assert (got.double() - right).abs().max() <= 5e-3 * right.abs().max()
-
-
-def states_with_gradients(model, batch):
-    from airl_fast.attention import packed_forward
-
-    return packed_forward(model.base_model, batch)
