@@ -35,7 +35,7 @@ def copy_parameters(
             found = "nothing" if value is None else f"shape {tuple(value.shape)}"
             raise ValueError(
                 f"{prefix + name}: expected shape {tuple(parameter.shape)}, found {found}; "
-                "resume with the models and the policy.dtype that the run was started with"
+                "resume with the models that the run was started with, in its policy.dtype"
             )
         parameter.copy_(place_like(value, parameter))
 
