@@ -129,10 +129,10 @@ def check_tokens(trunk: nn.Module, batch: "PackedBatch", embedded: bool) -> int:
             f"the batch is on {batch.device} and the model on {embeddings.device}: move it with "
             f"batch.to({str(embeddings.device)!r})"
         )
-    largest, last = torch.stack([batch.input_ids.max(), batch.position_ids.max()]).tolist()
+    largest, last = int(batch.on_cpu.input_ids.max()), int(batch.on_cpu.position_ids.max())
     if embedded and largest >= len(embeddings):
         raise ValueError(
             f"expected token ids below {len(embeddings)}, the rows of the model's embeddings, "
             f"received {largest}: encode with the model's own tokenizer"
         )
-    return int(last) + 1
+    return last + 1

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from airl_fast.packing import PackedBatch
+from airl_fast.transfers import sent
 
 _MAX_WASTE = 0.1  # of a bucket's scores may be padding ...
 _FREE_SCORES = 4096  # ... or this many: another call costs more (150 us, x86 CPU core, H = 4)
@@ -64,10 +65,18 @@ _layouts: "WeakKeyDictionary[PackedBatch, PackedLayout]" = WeakKeyDictionary()
 def layout_of(batch: PackedBatch) -> PackedLayout:
     """Return the layout of ``batch``, made on first use and kept while the batch lives."""
     if batch not in _layouts:
-        cu, prefix = (x.cpu().numpy().astype(np.int64) for x in (batch.cu_segments, batch.prefix))
+        cu, prefix = segments_of(batch)
         with torch.inference_mode(False):  # training may use it after scoring has
             _layouts[batch] = _make_layout(cu, prefix, batch.device)
     return _layouts[batch]
+
+
+def segments_of(batch: PackedBatch) -> tuple[np.ndarray, np.ndarray]:
+    """Offsets [P + 1] of the segments and what each continues [P], int64."""
+    cu, prefix = (
+        x.numpy().astype(np.int64) for x in (batch.on_cpu.cu_segments, batch.on_cpu.prefix)
+    )
+    return cu, prefix
 
 
 def attend_separately(batch: PackedBatch) -> None:
@@ -76,7 +85,7 @@ def attend_separately(batch: PackedBatch) -> None:
     The shapes of a call, and so the bits of its result, then depend on the segment and what it
     continues alone.
     """
-    cu, prefix = (x.cpu().numpy().astype(np.int64) for x in (batch.cu_segments, batch.prefix))
+    cu, prefix = segments_of(batch)
     with torch.inference_mode(False):
         _layouts[batch] = _make_layout(cu, prefix, batch.device, separate=True)
 
@@ -103,7 +112,7 @@ def _make_layout(
         buckets.append(
             Bucket(
                 shape=(members.size, query.shape[1], key.shape[1]),
-                query_positions=torch.from_numpy(positions).to(device),
+                query_positions=sent(torch.from_numpy(positions), device),
                 causal=not shared.any(),
             )
         )
@@ -113,9 +122,9 @@ def _make_layout(
         rows += query.size
     return PackedLayout(
         buckets=buckets,
-        queries=torch.from_numpy(np.concatenate(queries)).to(device),
-        keys=torch.from_numpy(np.concatenate(keys)).to(device),
-        restore=torch.from_numpy(restore).to(device),
+        queries=sent(torch.from_numpy(np.concatenate(queries)), device),
+        keys=sent(torch.from_numpy(np.concatenate(keys)), device),
+        restore=sent(torch.from_numpy(restore), device),
     )
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
@@ -27,6 +27,7 @@ from airl_fast.ops.segments import segment_mean, segment_sum
 from airl_fast.optimisation import Optimiser
 from airl_fast.packing import PackedBatch, Source, Trace
 from airl_fast.passes import micro_batches, offsets, span_energies
+from airl_fast.transfers import Readings, sent
 from airl_fast.weights import copy_parameters, swapped
 
 Metrics = dict[str, float]
@@ -37,19 +38,30 @@ FORMS: dict[str, Literal["airl", "logit", "wgan"]] = {
 }
 
 
+_KINDS = {True: "expert", False: "policy"}
+_TOLD = (
+    "loss",
+    "accuracy_expert",
+    "accuracy_policy",
+    "f_expert",
+    "f_policy",
+    "logit",
+    "logp_floored",
+)
+
+
 def combine_logp(logp: Tensor, cu_spans: Tensor, how: str) -> Tensor:
     """log pi of spans [S] from that of their actions [N]: their sum, or their mean."""
     return segment_mean(logp, cu_spans) if how == "mean" else segment_sum(logp, cu_spans)
 
 
-@dataclass
-class _Sums:
-    """What an update's metrics are added up from; by class, experts being True."""
+class _Class(NamedTuple):
+    """Experts, or what they are told from, in one micro-batch."""
 
-    spans: dict[bool, int]  # of the whole batch
-    right: dict[bool, float] = field(default_factory=lambda: {True: 0.0, False: 0.0})
-    energy: dict[bool, float] = field(default_factory=lambda: {True: 0.0, False: 0.0})
-    magnitude: float = 0.0
+    is_expert: bool
+    rows: Tensor  # its spans among those of the batch, int64
+    share: float  # of the class's spans, times the weight of the micro-batch
+    weight: float  # of one span's number in the class's mean
 
 
 class DiscriminatorLearner:
@@ -116,70 +128,56 @@ class DiscriminatorLearner:
         spans = {True: 0, False: 0}
         for trace, mask in zip(traces, taught, strict=True):
             spans[trace.source == Source.EXPERT] += sum(mask)
-        total, floored, sums = 0.0, 0.0, _Sums(spans)
+        told = Readings(_TOLD)
         self.optimiser.clear()
         slopes, ranking = self._ranking(traces, action_logp)
         for indices, batch, weight in micro_batches(traces, self.token_budget, self.policy):
             logp = torch.cat([action_logp[i] for i in indices])
             exact = combine_logp(logp, batch.cu_spans, self.config.span_logp)
             logp = self._floored(exact)
-            floored += weight * float((logp != exact).sum())
+            told.add(weight, logp_floored=(logp != exact).sum())
             f = self.discriminator.f(batch, self._policy_hidden(batch))
-            is_expert = (batch.source == Source.EXPERT).repeat_interleave(batch.cu_seq_spans.diff())
-            kept = torch.tensor([keep for i in indices for keep in taught[i]], device=f.device)
-            loss = self.policy.world.agree(
-                partial(self._both_classes, f[kept], logp[kept], is_expert[kept], weight, sums)
+            classes = _classes(
+                [(traces[i].source == Source.EXPERT, taught[i]) for i in indices], spans, weight
             )
-            plain = float(loss.detach())
+            loss = self.policy.world.agree(partial(self._both_classes, f, logp, classes, told))
+            told.add(loss=loss)
             if loss.requires_grad:
                 if slopes is not None:
                     scores = segment_sum(self._logits(f, logp), batch.cu_seq_spans)
                     loss = loss + weight * (slopes[indices] * scores).sum()
                 loss.backward()
                 self.optimiser.collect()
-            total += plain
-        metrics = {
-            "disc/loss": total,
-            "disc/accuracy": 0.5 * (sums.right[True] + sums.right[False]),
-            "disc/accuracy_expert": sums.right[True],
-            "disc/accuracy_policy": sums.right[False],
-            "disc/f_expert": sums.energy[True],
-            "disc/f_policy": sums.energy[False],
-            "disc/logit": sums.magnitude,
-            "disc/logp_floored": floored,
-        }
+        metrics = {f"disc/{name}": value for name, value in told.totals().items()}
+        metrics["disc/accuracy"] = 0.5 * sum(metrics[f"disc/accuracy_{k}"] for k in _KINDS.values())
         metrics = self.policy.world.totals(metrics) | ranking
         head = self.discriminator.head_parameters()
         return metrics | {f"disc/{k[5:]}": p.item() for k, p in head.items() if p.numel() == 1}
 
     def _both_classes(
-        self, f: Tensor, logp: Tensor, is_expert: Tensor, weight: float, sums: _Sums
+        self, f: Tensor, logp: Tensor, classes: Sequence[_Class], told: Readings
     ) -> Tensor:
-        """The loss of a micro-batch; what else is told of it is added to ``sums``."""
+        """The loss of a micro-batch; what else is told of it is added to ``told``."""
         whole = 1.0 if self.config.logit == "wgan" else 0.5
         losses = []
-        for label in (True, False):
-            mine = is_expert == label
-            if not mine.any():
-                continue
-            share = weight * float(mine.sum()) / sums.spans[label]
+        for is_expert, rows, share, weight in classes:
+            rows = sent(rows, f.device)
+            own_f, own_logp = f[rows], logp[rows]
             loss, stats = discriminator_loss(
-                f[mine],
-                logp[mine],
-                is_expert[mine],
+                own_f,
+                own_logp,
+                torch.full_like(rows, is_expert, dtype=torch.bool),
                 form=FORMS[self.config.logit],
                 label_smoothing=self.config.label_smoothing,
             )
             losses.append(whole * share * loss)
-            logits = self._logits(f[mine], logp[mine])
+            logits = self._logits(own_f, own_logp)
             if self.config.logit_penalty:
                 losses.append(0.5 * share * self.config.logit_penalty * logits.square().mean())
-            sums.right[label] += share * float(stats.accuracy)
-            # Both by one read from the device.
-            told = torch.stack([f.detach()[mine].sum(), logits.detach().abs().sum()])
-            of_f, of_logits = told.tolist()
-            sums.energy[label] += weight * of_f / sums.spans[label]
-            sums.magnitude += weight * 0.5 * of_logits / sums.spans[label]
+            kind = _KINDS[is_expert]
+            told.add(share, **{f"accuracy_{kind}": stats.accuracy})
+            told.add(weight, **{f"f_{kind}": own_f.sum()})
+            told.add(0.5 * weight, logit=logits.abs().sum())
         return torch.stack(losses).sum()
 
     def _floored(self, logp: Tensor) -> Tensor:
@@ -271,6 +269,27 @@ class DiscriminatorLearner:
         self.replay.restore(state["replay"])
 
 
+def _classes(
+    taught: Sequence[tuple[bool, Sequence[bool]]], spans: dict[bool, int], weight: float
+) -> list[_Class]:
+    """The classes that a micro-batch has spans of.
+
+    Args:
+        taught: of each trace, whether it is an expert's and which of its spans count.
+        spans: of each class in the whole batch.
+        weight: of the micro-batch.
+    """
+    kept = np.concatenate([mask for _, mask in taught])
+    experts = np.repeat([is_expert for is_expert, _ in taught], [len(mask) for _, mask in taught])
+    classes = []
+    for is_expert in (True, False):
+        rows = torch.from_numpy(np.flatnonzero(kept & (experts == is_expert)))
+        if len(rows):
+            one = weight / spans[is_expert]
+            classes.append(_Class(is_expert, rows, one * len(rows), one))
+    return classes
+
+
 class PolicyLearner:
     """Improves the policy on given advantages.
 
@@ -302,8 +321,7 @@ class PolicyLearner:
     ) -> Metrics:
         """One step: the mean over all actions of the clipped policy-gradient loss."""
         actions = sum(len(trace.completion) for trace in traces)
-        keys = ("loss", "entropy", "logp", "clip_fraction", "kl_old", "kl_ref")
-        metrics = {f"policy/{key}": 0.0 for key in keys}
+        told = Readings(("loss", "entropy", "logp", "clip_fraction", "kl_old", "kl_ref"))
         given = (advantages, old_logp, ref_logp)
         self.optimiser.clear()
         for indices, batch, weight in micro_batches(traces, self.token_budget, self.policy):
@@ -312,12 +330,16 @@ class PolicyLearner:
             (weight * loss).backward()
             self.optimiser.collect()
             share = weight * batch.num_actions / actions
-            metrics["policy/loss"] += weight * float(loss.detach())
-            metrics["policy/entropy"] += share * float(stats.entropy_mean)
-            metrics["policy/logp"] += weight * float(stats.logp.sum()) / actions
-            metrics["policy/clip_fraction"] += share * float(stats.clip_fraction)
-            metrics["policy/kl_old"] += share * float(stats.kl_old)
-            metrics["policy/kl_ref"] += share * float(stats.kl_ref)
+            told.add(weight, loss=loss)
+            told.add(weight / actions, logp=stats.logp.sum())
+            told.add(
+                share,
+                entropy=stats.entropy_mean,
+                clip_fraction=stats.clip_fraction,
+                kl_old=stats.kl_old,
+                kl_ref=stats.kl_ref,
+            )
+        metrics = {f"policy/{name}": value for name, value in told.totals().items()}
         metrics = self.policy.world.totals(metrics)
         metrics["policy/grad_norm"] = self.optimiser.step()
         return metrics

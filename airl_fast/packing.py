@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from airl_fast.batch_checks import check_batch, invalid, ranges
+from airl_fast.transfers import sent
 
 
 class Source(IntEnum):
@@ -167,9 +168,22 @@ class PackedBatch:
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Tensor):
-                value = value.to(device)
+                value = sent(value, device)
             object.__setattr__(moved, field.name, value)
+        if moved.device.type != "cpu":
+            object.__setattr__(moved, "_on_cpu", self.on_cpu)
         return moved
+
+    @property
+    def on_cpu(self) -> "PackedBatch":
+        """The batch in the CPU's memory: what it was made of, if it was; to look at."""
+        if self.device.type == "cpu":
+            return self
+        kept: PackedBatch | None = getattr(self, "_on_cpu", None)
+        if kept is None:
+            kept = self.to("cpu")
+            object.__setattr__(self, "_on_cpu", kept)
+        return kept
 
     def unpack(self) -> list[Trace]:
         """Return the traces, in the order in which they were packed."""

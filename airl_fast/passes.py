@@ -16,6 +16,7 @@ from airl_fast.language_model import LanguageModel
 from airl_fast.ops.segments import segment_sum
 from airl_fast.packing import PackedBatch, Trace, pack
 from airl_fast.planning import plan_traces
+from airl_fast.transfers import sent
 
 
 def micro_batches(
@@ -47,7 +48,7 @@ def action_logp(
 
     result: dict[int, Tensor] = {}
     for indices, batch, weight in micro_batches(traces, token_budget, policy):
-        parts = policy.inside(logprob, batch).split(batch.cu_actions.diff().tolist())
+        parts = policy.inside(logprob, batch).split(batch.on_cpu.cu_actions.diff().tolist())
         if weight:
             result |= zip(indices, parts, strict=True)
     return policy.world.collect(result, [len(trace.completion) for trace in traces])
@@ -64,7 +65,7 @@ def span_energies(
     result: dict[int, Tensor] = {}
     for indices, batch, weight in micro_batches(traces, token_budget, policy):
         hidden = policy.hidden(batch) if discriminator.trunk == "policy" else None
-        parts = discriminator.f(batch, hidden).split(batch.cu_seq_spans.diff().tolist())
+        parts = discriminator.f(batch, hidden).split(batch.on_cpu.cu_seq_spans.diff().tolist())
         if weight:
             result |= zip(indices, parts, strict=True)
     return policy.world.collect(result, [len(trace.span_lengths) for trace in traces])
@@ -78,4 +79,4 @@ def per_trace_sum(values: Sequence[Tensor]) -> Tensor:
 
 def offsets(lengths: Sequence[int], device: torch.device) -> Tensor:
     """CSR offsets [n + 1] int32 of segments of these lengths."""
-    return torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+    return sent(torch.tensor([0, *lengths]).cumsum(0).to(torch.int32), device)

@@ -20,7 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from airl_fast.layout import segments_of
 from airl_fast.packing import PackedBatch
+from airl_fast.transfers import sent
 
 _LARGEST_HEAD = 256  # of flash attention 2
 
@@ -57,7 +59,7 @@ _layouts: "WeakKeyDictionary[PackedBatch, VarlenLayout]" = WeakKeyDictionary()
 def varlen_layout_of(batch: PackedBatch) -> VarlenLayout:
     """Return the layout of ``batch``, made on first use and kept while the batch lives."""
     if batch not in _layouts:
-        cu, prefix = (x.cpu().numpy().astype(np.int64) for x in (batch.cu_segments, batch.prefix))
+        cu, prefix = segments_of(batch)
         with torch.inference_mode(False):  # training may use it after scoring has
             _layouts[batch] = _make_layout(cu, prefix, batch.device)
     return _layouts[batch]
@@ -81,7 +83,7 @@ def _make_layout(cu: np.ndarray, prefix: np.ndarray, device: torch.device) -> Va
     copied, counts = np.unique(keys[rows], return_counts=True)
 
     def there(x: np.ndarray, dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.from_numpy(x).to(device, dtype)
+        return sent(torch.from_numpy(x).to(dtype), device)
 
     return VarlenLayout(
         cu_queries=there(cu, torch.int32),
