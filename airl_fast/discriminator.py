@@ -66,15 +66,14 @@ class Discriminator(nn.Module):
         self.span_logp: SpanLogp = span_logp
         self.width = width
         self.world = World()
-        device = body.device if body is not None else None
         if head == "lm":
-            self.kappa = nn.Parameter(torch.tensor(kappa, device=device))
-            self.offset = nn.Parameter(torch.tensor(offset, device=device))
+            self.kappa = nn.Parameter(torch.tensor(kappa))
+            self.offset = nn.Parameter(torch.tensor(offset))
         else:
             rows = 1 if shaping_gamma is None else 2
             # Zero rows start f at zero everywhere, whatever the seed.
-            self.weight = nn.Parameter(torch.zeros(rows, width, device=device))
-            self.bias = nn.Parameter(torch.zeros(rows, device=device))
+            self.weight = nn.Parameter(torch.zeros(rows, width))
+            self.bias = nn.Parameter(torch.zeros(rows))
 
     @classmethod
     def create(
@@ -140,6 +139,7 @@ class Discriminator(nn.Module):
                 )
         width = (body or policy).head.weight.shape[1]
         discriminator = cls(body, head=head, trunk=trunk, width=width, **options)
+        discriminator.to(policy.device)  # the head, which lies where it was made
         # The policy may have been trained since it left its origin.
         if body is not None and model is None:
             if _shapes(body) == _shapes(policy):

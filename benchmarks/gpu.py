@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 _ROOT = Path(__file__).resolve().parent.parent
-_TESTS = ("tests/cuda/test_on_gpu.py", "tests/kernels", "tests/test_varlen.py")
+_TESTS = ("tests/cuda/test_on_gpu.py", "tests/kernels", "tests/test_varlen.py", "tests/gpu")
 _LINES = "cases.jsonl"  # as gpu_timing.LINES, which can be imported only once the package is built
 
 
