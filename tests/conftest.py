@@ -5,12 +5,20 @@ that import it. Nothing else is affected: in the interpreter the backend serves 
 """
 
 import os
+import signal
+import threading
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# A shell's background job starts with SIGINT ignored, and so would every process of the tests.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN and (
+    threading.current_thread() is threading.main_thread()
+):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
