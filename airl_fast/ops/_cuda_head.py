@@ -1,4 +1,4 @@
-"""Backend "cuda" of the operators over the head: `_gpu_head` with the row kernels of csrc/cuda/."""
+"""Backend "cuda" of the operators over the head, with the row kernels of csrc/cuda/."""
 
 from functools import cache
 from importlib.util import find_spec
@@ -8,7 +8,7 @@ from torch import Tensor
 from airl_fast.ops import dispatch
 from airl_fast.ops._cuda_extension import serves_head as serves
 from airl_fast.ops._cuda_rows import CudaRows
-from airl_fast.ops._gpu_head import HeadOperators
+from airl_fast.ops._gpu_operators import HeadOperators
 
 
 def serves_reading(*tensors: Tensor) -> str | None:

@@ -13,22 +13,24 @@ bfloat16 and there are at most ``_NARROW_CHUNKS`` chunks it is bfloat16 from the
 whose rows are written once, always is then: a float32 d weight has twice the bytes of the weight,
 and to write, read, scale and round it costs a head of D = 4,096 about as much as a product.
 Otherwise both are float32: in bfloat16 every addition rounds what the last one left, and float16
-would overflow or lose what is small.
+would overflow or lose what is small. Chunks are larger than the budget says where that makes them
+few enough, and takes less memory than the float32 d weight beside chunks within it.
 
 Extra memory at any N: ``CHUNK_BYTES`` (512 MiB unless changed) for the chunk and copies of its rows
-(if rows are ignored or converted); where hidden and weight differ in dtype also a float32 copy of
-the weight.
+(if rows are ignored or converted); where the head is bfloat16 and takes more chunks than
+``_NARROW_CHUNKS``, at most a float32 d weight more; where hidden and weight differ in dtype also a
+float32 copy of the weight.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from airl_fast.ops._cpu_head import chunks, even_limit
+from airl_fast.ops._cpu_head import even_limit
 from airl_fast.ops._gpu_rows import ROW_STATS, RowKernels, gradient_view, row_head
-from airl_fast.ops._head import LinearHead, kept_rows
-from airl_fast.ops._policy_terms import ActionLoss, Actions, pieces
+from airl_fast.ops._head import LinearHead
+from airl_fast.ops._policy_terms import ActionLoss, Actions
 
 CHUNK_BYTES = 512 * 2**20  # tests lower it to force many chunks
 
@@ -41,10 +43,6 @@ _TILE = 128  # rows of a chunk: even ones go up to a multiple, if there is room,
 _NARROW_CHUNKS = 4
 _HALF_ROOM = 16.0  # float16 gradients: their largest share of the loss is scaled to at least this
 
-Gradients = tuple[Tensor, Tensor, Tensor]  # at hidden, weight and bias; `[0]` where not wanted
-# Fills logp [K] and entropy [K] of the kept rows: hidden, kept, head, targets [K], logp, entropy.
-Reader = Callable[[Tensor, Tensor, LinearHead, Tensor, Tensor, Tensor | None], None]
-
 
 class GPUHead:
     """Logits of a chunk, and the gradients that are accumulated from its gradient.
@@ -55,6 +53,7 @@ class GPUHead:
         head: the head.
         kernels: a backend's row kernels.
         needs: which gradients are wanted, of hidden, weight and bias.
+        narrow: whether gradients of bfloat16 may be bfloat16.
 
     Attributes:
         limit: the most rows of a chunk.
@@ -69,6 +68,8 @@ class GPUHead:
         head: LinearHead,
         kernels: RowKernels,
         needs: Sequence[bool],
+        *,
+        narrow: bool = True,
     ) -> None:
         self._states, self._kept, self._kernels = hidden, kept, kernels
         self._dtype = hidden.dtype if hidden.dtype == head.weight.dtype else torch.float32
@@ -77,7 +78,12 @@ class GPUHead:
         self._needs = needs
         vocab, width = head.weight.shape
         logits = LOGITS if self._dtype == torch.bfloat16 else torch.float32
-        rows = chunk_rows(vocab, self._copied_row_bytes(width), logits)
+        self._narrow = narrow and self._dtype == torch.bfloat16
+        copied = self._copied_row_bytes(width)
+        rows = chunk_rows(vocab, copied, logits)
+        if self._narrow and needs[1]:
+            row = row_bytes(vocab, copied, logits)
+            rows = few_enough(rows, len(kept), row, float32_bytes=4 * vocab * width)
         self.limit = min(rows, -(-even_limit(len(kept), rows) // _TILE) * _TILE, max(1, len(kept)))
         pitch = -(-vocab // _ALIGNED) * _ALIGNED
         self._buffer = hidden.new_empty((self.limit, pitch), dtype=logits)
@@ -94,16 +100,10 @@ class GPUHead:
         gradient = 4 if gathered and self._needs[0] else 0
         return width * (state + gradient)
 
-    def begin(self, chunks: int, *, narrow: bool) -> None:
-        """Allocate the gradients.
-
-        Args:
-            chunks: how many will be accumulated.
-            narrow: whether gradients of bfloat16 may be bfloat16.
-        """
-        narrow = narrow and self._dtype == torch.bfloat16
-        once = self._dtype if narrow else torch.float32
-        added = self._dtype if narrow and chunks <= _NARROW_CHUNKS else torch.float32
+    def begin(self, chunks: int) -> None:
+        """Allocate the gradients, to which so many chunks will add."""
+        once = self._dtype if self._narrow else torch.float32
+        added = self._dtype if self._narrow and chunks <= _NARROW_CHUNKS else torch.float32
         # what the products write whole is not cleared before
         hidden = torch.empty if len(self._kept) == len(self._states) else torch.zeros
         weight = torch.empty if chunks else torch.zeros
@@ -194,11 +194,31 @@ class GPUHead:
 def chunk_rows(vocab: int, copied: int = 0, logits: torch.dtype = torch.float32) -> int:
     """Rows of a chunk: as many as ``CHUNK_BYTES`` holds; at least 1.
 
-    A row costs its V logits (rounded up to a multiple of 64), its statistics, and ``copied`` bytes.
     At V = 128,256 without copies that is 1,046 rows.
     """
+    return max(1, CHUNK_BYTES // row_bytes(vocab, copied, logits))
+
+
+def row_bytes(vocab: int, copied: int, logits: torch.dtype) -> int:
+    """A row's V logits (rounded up to a multiple of 64), its statistics, and ``copied`` bytes."""
     pitch = -(-vocab // _ALIGNED) * _ALIGNED
-    return max(1, CHUNK_BYTES // (logits.itemsize * pitch + 4 * ROW_STATS + copied))
+    return logits.itemsize * pitch + 4 * ROW_STATS + copied
+
+
+def few_enough(rows: int, count: int, row: int, *, float32_bytes: int) -> int:
+    """Rows of a chunk, more than ``rows`` where few chunks can then add up in bfloat16.
+
+    Args:
+        rows: of a chunk within the budget.
+        count: K, of all chunks.
+        row: bytes of a row.
+        float32_bytes: of the d weight that more chunks would have to add up in; where the larger
+            chunk takes more than that, it stays at ``rows``.
+    """
+    if count <= rows * _NARROW_CHUNKS:
+        return rows
+    wanted = -(-count // (_NARROW_CHUNKS * _TILE)) * _TILE
+    return wanted if (wanted - rows) * row <= float32_bytes else rows
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
@@ -217,177 +237,3 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
         torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
     else:
         torch.mm(a, b, out_dtype=torch.float32, out=out)
-
-
-def read_chunks(
-    hidden: Tensor,
-    kept: Tensor,
-    head: LinearHead,
-    targets: Tensor,
-    logp: Tensor,
-    entropy: Tensor | None,
-    kernels: RowKernels,
-    log_sums: Tensor | None = None,
-) -> None:
-    """Fill ``logp [K]`` and ``entropy [K]`` from ``targets [K]``: a product and a read a chunk.
-
-    And ``log_sums [K]`` float64, unless None.
-    """
-    sweep = GPUHead(hidden, kept, head, kernels, (False, False, False))
-    for chunk in chunks(len(kept), sweep.limit):
-        sweep.fill(chunk)
-        sweep.read(targets[chunk], logp[chunk], None if entropy is None else entropy[chunk])
-        if log_sums is not None:
-            log_sums[chunk] = sweep.log_sums()
-
-
-class HeadOperators:
-    """The operators over the head, as a GPU backend implements them.
-
-    Args:
-        rows: gives the row kernels; called when the first call is served.
-        read: as `read_chunks` with those kernels, which it is by default.
-    """
-
-    def __init__(self, rows: Callable[[], RowKernels], read: Reader | None = None) -> None:
-        self._rows = rows
-        self._read = read or self._read_chunks
-
-    def logprob_forward(
-        self,
-        hidden: Tensor,
-        head: LinearHead,
-        targets: Tensor,
-        ignore_index: int,
-        return_entropy: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """`linear_logprob`: logp ``[N]`` and entropy ``[N]``, or ``[0]`` if not asked for."""
-        kept = kept_rows(targets, ignore_index)
-        logp = hidden.new_empty(len(kept), dtype=torch.float32)
-        entropy = torch.empty_like(logp) if return_entropy else None
-        self._read(hidden, kept, head, targets[kept], logp, entropy)
-        return (
-            _spread(logp, kept, len(hidden)),
-            logp.new_empty(0) if entropy is None else _spread(entropy, kept, len(hidden)),
-        )
-
-    def shard_forward(
-        self,
-        hidden: Tensor,
-        kept: Tensor,
-        head: LinearHead,
-        targets: Tensor,
-        logp: Tensor,
-        entropy: Tensor | None,
-        log_sums: Tensor,
-    ) -> None:
-        """Fill what `_vocab_shard.read_shard` returns, a chunk of logits at a time."""
-        read_chunks(hidden, kept, head, targets, logp, entropy, self._rows(), log_sums)
-
-    def logprob_backward(
-        self,
-        d_logp: Tensor | None,
-        d_entropy: Tensor | None,
-        entropy: Tensor,
-        hidden: Tensor,
-        head: LinearHead,
-        targets: Tensor,
-        ignore_index: int,
-        needs: tuple[bool, bool, bool],
-        narrow: bool = True,
-    ) -> Gradients:
-        """Gradients of `linear_logprob`: the logits again, and a product for each matrix.
-
-        ``narrow``: as of `GPUHead.begin`.
-        """
-        kept = kept_rows(targets, ignore_index)
-        sweep = GPUHead(hidden, kept, head, self._rows(), needs)
-        targets = targets[kept]
-        d_logp, d_entropy = (None if d is None else d[kept].float() for d in (d_logp, d_entropy))
-        scale = sweep.half_scale(d_logp, d_entropy)
-        if scale is not None:
-            d_logp, d_entropy = (None if d is None else d * scale for d in (d_logp, d_entropy))
-        cuts = list(chunks(len(kept), sweep.limit))
-        sweep.begin(len(cuts), narrow=narrow)
-        for chunk in cuts:
-            sweep.fill(chunk)
-            parts = (None if d is None else d[chunk] for d in (d_logp, d_entropy))
-            sweep.differentiate(chunk, targets[chunk], *parts, was_read=False)
-        sweep.unscale(scale)
-        return sweep.hidden, sweep.weight, sweep.bias
-
-    def policy_loss_sweep(
-        self,
-        hidden: Tensor,
-        head: LinearHead,
-        loss: ActionLoss,
-        actions: Actions,
-        needs: tuple[bool, bool, bool],
-    ) -> tuple[Tensor, Tensor, Gradients]:
-        """Logp ``[K]``, entropy ``[K]`` and gradients of `linear_policy_loss`, in one sweep."""
-        logp, entropy = torch.empty_like(actions.share), torch.empty_like(actions.share)
-        if not any(needs):
-            self._read(hidden, actions.rows, head, actions.targets, logp, entropy)
-            return logp, entropy, (logp.new_empty(0), logp.new_empty(0), logp.new_empty(0))
-        sweep = GPUHead(hidden, actions.rows, head, self._rows(), needs)
-        scale = sweep.half_scale(actions.share)
-        if scale is not None:
-            actions = actions._replace(share=actions.share * scale)
-        cuts = list(pieces(actions, sweep.limit, loss.per_sequence))
-        sweep.begin(sum(len(piece) for piece in cuts), narrow=True)
-        for piece in cuts:
-            if loss.per_sequence:
-                _sequences(sweep, piece, actions, loss, logp, entropy)
-            else:
-                for chunk in piece:
-                    sweep.fill(chunk)
-                    sweep.policy(chunk, actions.part(chunk), loss, logp[chunk], entropy[chunk])
-        sweep.unscale(scale)
-        return logp, entropy, (sweep.hidden, sweep.weight, sweep.bias)
-
-    def _read_chunks(
-        self,
-        hidden: Tensor,
-        kept: Tensor,
-        head: LinearHead,
-        targets: Tensor,
-        logp: Tensor,
-        entropy: Tensor | None,
-    ) -> None:
-        read_chunks(hidden, kept, head, targets, logp, entropy, self._rows())
-
-
-def _sequences(
-    sweep: GPUHead,
-    piece: list[slice],
-    actions: Actions,
-    loss: ActionLoss,
-    logp: Tensor,
-    entropy: Tensor,
-) -> None:
-    """Sweep over whole sequences, whose coefficients need all of their rows.
-
-    Only a sequence longer than a chunk, which is a piece of several, has its logits computed twice.
-    """
-    for chunk in piece:
-        sweep.fill(chunk)
-        sweep.read(actions.targets[chunk], logp[chunk], entropy[chunk])
-    whole = slice(piece[0].start, piece[-1].stop)
-    d_logp = loss.terms(logp[whole], actions.part(whole)).d_logp
-    d_entropy = -loss.entropy_coef * actions.share if loss.entropy_coef else None
-    for chunk in piece:
-        if len(piece) > 1:
-            sweep.fill(chunk)
-        sweep.differentiate(
-            chunk,
-            actions.targets[chunk],
-            d_logp[chunk.start - whole.start : chunk.stop - whole.start],
-            None if d_entropy is None else d_entropy[chunk],
-            was_read=len(piece) == 1,
-        )
-
-
-def _spread(values: Tensor, kept: Tensor, count: int) -> Tensor:
-    """Values ``[K]`` at the kept rows of ``[N]``, 0 elsewhere."""
-    everything = len(kept) == count
-    return values if everything else values.new_zeros(count).index_copy_(0, kept, values)

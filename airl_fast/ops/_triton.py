@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from airl_fast.kernels.launch import interpreted
-from airl_fast.ops import _gpu_head, dispatch
+from airl_fast.ops import _gpu_operators, dispatch
 from airl_fast.ops._gpu_rows import RowKernels, row_head
 from airl_fast.ops._head import LinearHead
 
@@ -74,7 +74,7 @@ def _read(
     no tensor cores to feed: there torch's product and a read of the chunk are taken.
     """
     if hidden.dtype != head.weight.dtype or hidden.dtype not in _HALF:
-        _gpu_head.read_chunks(hidden, kept, head, targets, logp, entropy, rows())
+        _gpu_operators.read_chunks(hidden, kept, head, targets, logp, entropy, rows())
         return
     from airl_fast.kernels.linear_logprob import read_head
 
@@ -83,7 +83,7 @@ def _read(
     read_head(*pair, targets, row_head(*head[1:]), index, logp, entropy)
 
 
-HEAD = _gpu_head.HeadOperators(rows, _read)
+HEAD = _gpu_operators.HeadOperators(rows, _read)
 
 
 def serves_in_place(gradient: Tensor) -> bool:

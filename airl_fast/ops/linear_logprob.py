@@ -86,7 +86,8 @@ def linear_logprob(
     thread (csrc/products_amx.cpp), which stay for the next call; with the reference, two
     buffers of `_head.chunk_rows` rows of logits (128 MiB each; a third to differentiate a
     soft-capped head), and one float32 copy of a weight that is in half precision. With Triton
-    64 MiB of partial sums forward in half precision, otherwise one chunk of 512 MiB (`_gpu_head`).
+    64 MiB of partial sums forward in half precision, otherwise one chunk of 512 MiB, or
+    more where that is less than a float32 gradient of the weight (`_gpu_head`).
     Then the gradients in float32; on a GPU those of bfloat16 tensors in bfloat16 (that of the
     weight up to four chunks).
 

@@ -117,13 +117,13 @@ def linear_policy_loss(
     Logits and sums are float32 whatever the inputs (float64 if any input is), autocast included.
     Extra memory, at any N: on a CPU at most 128 MiB, half-precision weights included; the logits
     of up to D rows wait in the memory of the weight's gradient, those of others in one chunk,
-    overwritten by its gradient (`_cpu_gradients` has the rules); with Triton one chunk of 512 MiB
-    (`_gpu_head`). With the reference two buffers of
-    `_head.chunk_rows` rows of logits (128 MiB each; a third to differentiate a soft-capped head),
-    and one float32 copy of a weight that is in half precision. From here until ``backward`` also
-    the gradients, in float32, so that a loss scale still finds what float16 would have rounded to
-    zero; on a GPU those of bfloat16 tensors in bfloat16 (where more than four chunks add up, in
-    float32 until the sweep has ended).
+    overwritten by its gradient (`_cpu_gradients` has the rules); on a GPU one chunk of 512 MiB, or
+    more where that is less than a float32 gradient of the weight (`_gpu_head`). With the reference
+    two buffers of `_head.chunk_rows` rows of logits (128 MiB each; a third to differentiate a
+    soft-capped head), and one float32 copy of a weight that is in half precision. From here until
+    ``backward`` also the gradients, in float32, so that a loss scale still finds what float16 would
+    have rounded to zero; on a GPU those of bfloat16 tensors in bfloat16 (where more than four
+    chunks add up, in float32 until the sweep has ended).
 
     Args:
         hidden: ``[N, D]``, floating; the hidden states that predict the targets. Any strides.

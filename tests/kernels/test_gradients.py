@@ -23,10 +23,11 @@ MIB = 2**20
 PLAIN_HEAD = (None, 1.0, None, 1.0)  # no bias, temperature 1, no soft cap, scale 1
 
 
-def sweep(rows, vocab, dtype=torch.bfloat16, width=8, kept=None, needs=(True, True, True)):
+def sweep(rows, vocab, dtype=torch.bfloat16, width=8, kept=None, narrow=True):
     hidden, weight = torch.zeros(rows, width, dtype=dtype), torch.zeros(vocab, width, dtype=dtype)
     kept = torch.arange(rows) if kept is None else kept
-    return _gpu_head.GPUHead(hidden, kept, LinearHead(weight, *PLAIN_HEAD), _triton.rows(), needs)
+    head, needs = LinearHead(weight, *PLAIN_HEAD), (True, True, True)
+    return _gpu_head.GPUHead(hidden, kept, head, _triton.rows(), needs, narrow=narrow)
 
 
 @pytest.mark.parametrize("rows", [1, 100, 128, 129, 1000, 5000])
@@ -49,6 +50,28 @@ def test_a_chunk_leaves_room_for_copies_of_its_rows(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("rows", "width", "limit"),
+    [
+        (1900, 8, 508),  # four within the budget already
+        (2100, 8, 508),  # five: a larger chunk would take more than the float32 gradient
+        (2100, 300, 640),  # four, and less: 640 - 504 rows against 600 KB
+        (9000, 300, 508),  # eighteen: too many rows
+        (9000, 4000, 2304),  # four: 1,796 rows against 8 MB
+    ],
+)
+def test_a_chunk_is_larger_where_that_is_less_than_a_float32_gradient(
+    rows, width, limit, monkeypatch
+):
+    monkeypatch.setattr(_gpu_head, "CHUNK_BYTES", MIB)
+    found = sweep(rows, 500, width=width)
+    more = (found.limit - MIB // (4 * 512 + 16)) * (4 * 512 + 16)
+    assert more <= 4 * 500 * width
+    assert found.limit == limit
+    exact = sweep(rows, 500, width=width, narrow=False)
+    assert exact.limit * (4 * 512 + 16) <= MIB
+
+
+@pytest.mark.parametrize(
     ("dtype", "chunks", "narrow", "stored"),
     [
         (torch.bfloat16, 4, True, (torch.bfloat16, torch.bfloat16)),
@@ -59,8 +82,8 @@ def test_a_chunk_leaves_room_for_copies_of_its_rows(monkeypatch):
     ],
 )
 def test_only_bfloat16_adds_up_in_itself_and_only_a_few_times(dtype, chunks, narrow, stored):
-    found = sweep(10, 20, dtype)
-    found.begin(chunks, narrow=narrow)
+    found = sweep(10, 20, dtype, narrow=narrow)
+    found.begin(chunks)
     assert (found.hidden.dtype, found.weight.dtype) == stored
     assert found.bias.dtype == torch.float32
 

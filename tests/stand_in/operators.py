@@ -15,9 +15,11 @@ def register() -> None:
     """Give them to the device."""
     library = torch.library.Library("aten", "IMPL")
     for name, function in {
-        "mm.dtype": _mm,
+        "mm.dtype": lambda a, b, dtype: _mm(a, b, dtype).to(a.device),
         "mm.dtype_out": lambda a, b, dtype, *, out: out.copy_(_mm(a, b, dtype)),
-        "addmm.dtype": _addmm,
+        "addmm.dtype": lambda c, a, b, dtype, *, beta=1, alpha=1: _addmm(
+            c, a, b, dtype, beta=beta, alpha=alpha
+        ).to(a.device),
         "addmm.dtype_out": lambda c, a, b, dtype, *, beta=1, alpha=1, out: out.copy_(
             _addmm(c, a, b, dtype, beta=beta, alpha=alpha)
         ),
@@ -29,14 +31,15 @@ def register() -> None:
 
 
 def _mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    return a.to(dtype) @ b.to(dtype)
+    """In the CPU's memory, so that the device's holds no more than on a GPU."""
+    return a.cpu().to(dtype) @ b.cpu().to(dtype)
 
 
 def _addmm(
     c: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype, *, beta: float = 1, alpha: float = 1
 ) -> Tensor:
     product = alpha * _mm(a, b, dtype)
-    return product + beta * c.to(dtype) if beta else product  # cuBLAS does not read c times 0
+    return product + beta * c.cpu().to(dtype) if beta else product  # cuBLAS does not read c times 0
 
 
 def _attention(

@@ -8,12 +8,20 @@ from typing import Any
 
 from tests.stand_in import ENVIRONMENT
 
-ctypes.CDLL(os.environ[ENVIRONMENT])
+device = ctypes.CDLL(os.environ[ENVIRONMENT])
+for name in ("stand_in_held", "stand_in_most"):
+    getattr(device, name).restype = ctypes.c_size_t
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch  # noqa: E402
 
 from tests.stand_in import operators  # noqa: E402
+
+
+def device_memory(what: str) -> int:
+    """Bytes that tensors of the device hold, or held at most since they were forgotten."""
+    found: int = getattr(device, f"stand_in_{what}")()
+    return found
 
 
 class Event:
@@ -50,6 +58,9 @@ OF_A_HOPPER: dict[str, Any] = {
     "get_rng_state": lambda device=None: torch.get_rng_state(),
     "is_available": lambda: True,
     "is_bf16_supported": lambda including_emulation=True: True,
+    "memory_allocated": lambda device=None: device_memory("held"),
+    "max_memory_allocated": lambda device=None: device_memory("most"),
+    "reset_peak_memory_stats": lambda device=None: device_memory("forget"),
     "is_current_stream_capturing": lambda: False,
     "set_device": lambda device: None,
     "set_rng_state": lambda state, device=None: None,
