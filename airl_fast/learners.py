@@ -21,6 +21,7 @@ from airl_fast.config import RunConfig
 from airl_fast.discriminator import Discriminator
 from airl_fast.language_model import Head, LanguageModel
 from airl_fast.negatives import told_apart
+from airl_fast.ops._deferred import raise_failed
 from airl_fast.ops.discriminator_loss import discriminator_loss
 from airl_fast.ops.linear_policy_loss import PolicyLossStats, linear_policy_loss
 from airl_fast.ops.segments import segment_mean, segment_sum
@@ -145,10 +146,12 @@ class DiscriminatorLearner:
             if loss.requires_grad:
                 if slopes is not None:
                     scores = segment_sum(self._logits(f, logp), batch.cu_seq_spans)
-                    loss = loss + weight * (slopes[indices] * scores).sum()
+                    mine = sent(torch.tensor(indices), slopes.device)
+                    loss = loss + weight * (slopes[mine] * scores).sum()
                 loss.backward()
                 self.optimiser.collect()
         metrics = {f"disc/{name}": value for name, value in told.totals().items()}
+        self.policy.world.agree(raise_failed)  # whatever a GPU has found until here
         metrics["disc/accuracy"] = 0.5 * sum(metrics[f"disc/accuracy_{k}"] for k in _KINDS.values())
         metrics = self.policy.world.totals(metrics) | ranking
         head = self.discriminator.head_parameters()
@@ -285,8 +288,8 @@ def _classes(
     for is_expert in (True, False):
         rows = torch.from_numpy(np.flatnonzero(kept & (experts == is_expert)))
         if len(rows):
-            one = weight / spans[is_expert]
-            classes.append(_Class(is_expert, rows, one * len(rows), one))
+            every = spans[is_expert]
+            classes.append(_Class(is_expert, rows, weight * len(rows) / every, weight / every))
     return classes
 
 

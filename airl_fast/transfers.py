@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def sent(x: Tensor, device: torch.device | str) -> Tensor:
-    """A tensor of the CPU's memory on ``device``; on a GPU it arrives before anything reads it.
+    """A tensor of the CPU's memory on ``device``; on a GPU before what its stream does next.
 
     Args:
         x: any shape and dtype; not to be changed afterwards.

@@ -14,10 +14,11 @@ whose rows are written once, always is then: a float32 d weight has twice the by
 and to write, read, scale and round it costs a head of D = 4,096 about as much as a product.
 Otherwise both are float32: in bfloat16 every addition rounds what the last one left, and float16
 would overflow or lose what is small. Chunks are larger than the budget says where that makes them
-few enough, and takes less memory than the float32 d weight beside chunks within it.
+few enough, and takes less memory than the float32 d weight beside chunks within it; not where
+they end with sequences, which may make more of them.
 
 Extra memory at any N: ``CHUNK_BYTES`` (512 MiB unless changed) for the chunk and copies of its rows
-(if rows are ignored or converted); where the head is bfloat16 and takes more chunks than
+(if rows are ignored or converted); where the head is bfloat16 and the budget makes more chunks than
 ``_NARROW_CHUNKS``, at most a float32 d weight more; where hidden and weight differ in dtype also a
 float32 copy of the weight.
 """
@@ -54,6 +55,7 @@ class GPUHead:
         kernels: a backend's row kernels.
         needs: which gradients are wanted, of hidden, weight and bias.
         narrow: whether gradients of bfloat16 may be bfloat16.
+        cut_anywhere: whether chunks may end at any row.
 
     Attributes:
         limit: the most rows of a chunk.
@@ -70,6 +72,7 @@ class GPUHead:
         needs: Sequence[bool],
         *,
         narrow: bool = True,
+        cut_anywhere: bool = True,
     ) -> None:
         self._states, self._kept, self._kernels = hidden, kept, kernels
         self._dtype = hidden.dtype if hidden.dtype == head.weight.dtype else torch.float32
@@ -81,7 +84,7 @@ class GPUHead:
         self._narrow = narrow and self._dtype == torch.bfloat16
         copied = self._copied_row_bytes(width)
         rows = chunk_rows(vocab, copied, logits)
-        if self._narrow and needs[1]:
+        if self._narrow and needs[1] and cut_anywhere:
             row = row_bytes(vocab, copied, logits)
             rows = few_enough(rows, len(kept), row, float32_bytes=4 * vocab * width)
         self.limit = min(rows, -(-even_limit(len(kept), rows) // _TILE) * _TILE, max(1, len(kept)))
@@ -115,6 +118,7 @@ class GPUHead:
 
     def fill(self, chunk: slice) -> None:
         """Compute the logits of a chunk of the kept rows; they replace those of the last."""
+        self._x = self._states[:0]  # a copy of the last chunk's rows goes before the next is made
         x = self._states[chunk if len(self._kept) == len(self._states) else self._kept[chunk]]
         self._x = x.to(self._dtype)
         self._logits = self._buffer[: len(x), : len(self._weight)]

@@ -129,7 +129,8 @@ class HeadOperators:
         if not any(needs):
             self._read(hidden, actions.rows, head, actions.targets, logp, entropy)
             return logp, entropy, (logp.new_empty(0), logp.new_empty(0), logp.new_empty(0))
-        sweep = GPUHead(hidden, actions.rows, head, self._rows(), needs)
+        cut_anywhere = not loss.per_sequence
+        sweep = GPUHead(hidden, actions.rows, head, self._rows(), needs, cut_anywhere=cut_anywhere)
         scale = sweep.half_scale(actions.share)
         if scale is not None:
             actions = actions._replace(share=actions.share * scale)

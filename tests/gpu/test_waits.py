@@ -1,4 +1,8 @@
-"""Within an update the CPU hardly waits: while the GPU is at one micro-batch it packs the next."""
+"""Within an update the CPU asks for no numbers: while a GPU goes backward it packs what is next.
+
+Operators over the head wait once themselves, for the number of rows that are not ignored, before
+they do their work (tests/robustness/test_bounds.py); nothing here sees that.
+"""
 
 import random
 
@@ -47,8 +51,10 @@ def passes(traces, budget):
 
 
 def check(call, traces):
-    """``call(budget)``: a forward pass more makes the CPU wait once more, which transformers asks
-    for before its first layer (are positions those of packed sequences?), and no more often."""
+    """For a forward pass more, ``call(budget)`` makes the CPU wait once more and no oftener.
+
+    transformers waits before its first layer: are positions those of packed sequences?
+    """
     few, many = passes(traces, 4096), passes(traces, 64)
     assert many >= few + 4
     extra = counted(lambda: call(64)) - counted(lambda: call(4096))

@@ -22,7 +22,8 @@ class Waits(TorchDispatchMode):
     """Within it, ``made`` counts operators whose result the CPU has to wait for.
 
     Reads of values, results whose size depends on values, and copies between the two memories that
-    are not asynchronous.
+    are not asynchronous; not those in the body of a custom operator, and not what copies from
+    pageable memory wait for.
     """
 
     def __init__(self):

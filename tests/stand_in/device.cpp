@@ -116,8 +116,8 @@ struct Call {
   bool here = false;
   bool elsewhere = false;
 
-  Tensor look(const Tensor& x) {
-    if (x.defined()) (x.is_cuda() ? here : elsewhere) |= x.is_cuda() || x.dim() > 0;
+  Tensor look(const Tensor& x, bool anywhere = false) {
+    if (x.defined() && !anywhere) (x.is_cuda() ? here : elsewhere) |= x.is_cuda() || x.dim() > 0;
     return seen(x);
   }
 
@@ -136,9 +136,10 @@ struct Call {
       value = list;
     } else if (value.isList() &&
                value.toList().elementType()->kind() == c10::TypeKind::OptionalType) {
+      const bool indexed = kIndexed.count(schema.name()) > 0;
       c10::List<optional<Tensor>> list;
       for (const c10::IValue& x : value.toListRef())
-        list.push_back(x.isNone() ? optional<Tensor>() : look(x.toTensor()));
+        list.push_back(x.isNone() ? optional<Tensor>() : look(x.toTensor(), indexed));
       value = list;
     } else if (value.isDevice()) {
       value = c10::Device(c10::kCPU);
@@ -179,7 +180,7 @@ void on_the_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   Call call{schema};
   for (size_t i = 0; i < count; ++i)
     call.replace((*stack)[stack->size() - count + i], schema.arguments()[i]);
-  TORCH_CHECK(!(call.here && call.elsewhere) || kIndexed.count(schema.name()),
+  TORCH_CHECK(!(call.here && call.elsewhere),
               "Expected all tensors to be on the same device, but found cuda:0 and cpu in ",
               schema.name());
   op.callBoxed(stack);
