@@ -36,7 +36,7 @@ VARIANTS = {
     "expert in the group": ["algorithm.expert_in_group=true", "algorithm.granularity=dense"],
     "layers computed twice": ["run.gradient_checkpointing=true", "run.token_budget=256"],
 }
-TIMES = {"seconds", "sampler_mismatch"}
+NOT_COMPARED = {"seconds", "phase", "sampler_mismatch"}  # the last is rounding itself
 
 
 def run(folder, device, *overrides, **options):
@@ -66,7 +66,7 @@ def test_a_run_is_what_it_is_on_a_cpu(variant, tmp_path, monkeypatch):
     assert len(metrics) == len(expected)
     for line, right in zip(metrics[:compared], expected[:compared], strict=True):
         assert line.keys() == right.keys()
-        for name in line.keys() - TIMES - {"phase"}:
+        for name in line.keys() - NOT_COMPARED:
             assert line[name] == pytest.approx(right[name], rel=0.01, abs=2e-3, nan_ok=True), name
 
 
@@ -106,5 +106,6 @@ def test_a_run_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
     goes_on, _ = run(tmp_path / "run", "cuda", often)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, whole.total_steps + 1))
-    for name, weight in whole.policy.trainable().items() if SAME_BITS else ():
-        torch.testing.assert_close(goes_on.policy.trainable()[name], weight, rtol=0, atol=1e-4)
+    if SAME_BITS:
+        for name, weight in whole.policy.trainable().items():
+            assert torch.equal(goes_on.policy.trainable()[name], weight), name

@@ -1,4 +1,4 @@
-"""Within an update the CPU asks for no numbers: while a GPU goes backward it packs what is next.
+"""Between micro-batches the CPU asks for no numbers: while a GPU goes backward it packs the next.
 
 Operators over the head wait once themselves, for the number of rows that are not ignored, before
 they do their work (tests/robustness/test_bounds.py); nothing here sees that.

@@ -117,7 +117,10 @@ struct Call {
   bool elsewhere = false;
 
   Tensor look(const Tensor& x, bool anywhere = false) {
-    if (x.defined() && !anywhere) (x.is_cuda() ? here : elsewhere) |= x.is_cuda() || x.dim() > 0;
+    if (x.defined() && !anywhere) {
+      here |= x.is_cuda();
+      elsewhere |= !x.is_cuda() && x.dim() > 0;  // numbers may be anywhere
+    }
     return seen(x);
   }
 
