@@ -4,11 +4,13 @@
 // that some threads never reach stop the program.
 #pragma once
 
+#include <csetjmp>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <vector>
@@ -60,9 +62,11 @@ struct Block {
   std::vector<Warp> warps;
 };
 
-struct Fiber {
+struct Fiber {  // kept from block to block: it is begun once, and then goes on
   ucontext_t context;
-  char* stack;
+  std::jmp_buf registers;
+  std::unique_ptr<char[]> stack;
+  bool begun;
   Block* block;
   unsigned thread;
   bool done;
@@ -75,9 +79,10 @@ struct Machine {
   std::function<void()> kernel;
   std::vector<Block> blocks;  // of the cluster that runs
   Barrier cluster;
-  std::vector<Fiber> fibers;
-  std::vector<std::unique_ptr<char[]>> stacks;
+  std::deque<Fiber> fibers;  // the first of them run
+  std::size_t running = 0;
   ucontext_t scheduler;
+  std::jmp_buf scheduler_registers;
   void* scheduler_sanitizer = nullptr;
   const void* scheduler_stack = nullptr;
   std::size_t scheduler_stack_size = 0;
@@ -91,26 +96,31 @@ inline Machine machine;
 
 constexpr std::size_t kStack = 256 * 1024;
 
-inline void to_scheduler([[maybe_unused]] bool forever) {
+// Under the sanitizer, which must know of every switch, by swapcontext; else by setjmp, which asks
+// nothing of the system.
+inline void to_scheduler() {
   Fiber* me = machine.current;
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(forever ? nullptr : &me->sanitizer, machine.scheduler_stack,
+  __sanitizer_start_switch_fiber(&me->sanitizer, machine.scheduler_stack,
                                  machine.scheduler_stack_size);
-#endif
   swapcontext(&me->context, &machine.scheduler);
-#if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(me->sanitizer, nullptr, nullptr);
+#else
+  if (_setjmp(me->registers) == 0) _longjmp(machine.scheduler_registers, 1);
 #endif
 }
 
 inline void to_fiber(Fiber* fiber) {
   machine.current = fiber;
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(&machine.scheduler_sanitizer, fiber->stack, kStack);
-#endif
+  __sanitizer_start_switch_fiber(&machine.scheduler_sanitizer, fiber->stack.get(), kStack);
   swapcontext(&machine.scheduler, &fiber->context);
-#if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(machine.scheduler_sanitizer, nullptr, nullptr);
+#else
+  if (_setjmp(machine.scheduler_registers) != 0) return;
+  if (fiber->begun) _longjmp(fiber->registers, 1);
+  fiber->begun = true;
+  setcontext(&fiber->context);
 #endif
 }
 
@@ -119,10 +129,12 @@ inline void fiber_main() {
   __sanitizer_finish_switch_fiber(nullptr, &machine.scheduler_stack,
                                   &machine.scheduler_stack_size);
 #endif
-  machine.kernel();
-  machine.current->done = true;
-  ++machine.progress;
-  to_scheduler(true);
+  for (;;) {
+    machine.kernel();
+    machine.current->done = true;
+    ++machine.progress;
+    to_scheduler();
+  }
 }
 
 inline std::int64_t arrive(Barrier& barrier) {
@@ -136,7 +148,17 @@ inline std::int64_t arrive(Barrier& barrier) {
 }
 
 inline void wait(const Barrier& barrier, std::int64_t generation) {
-  while (barrier.generation == generation) to_scheduler(false);
+  while (barrier.generation == generation) to_scheduler();
+}
+
+inline void make_fiber() {
+  Fiber& fiber = machine.fibers.emplace_back();
+  fiber.stack.reset(new char[kStack]);
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = fiber.stack.get();
+  fiber.context.uc_stack.ss_size = kStack;
+  fiber.context.uc_link = nullptr;
+  makecontext(&fiber.context, fiber_main, 0);
 }
 
 inline void start_fibers(std::int64_t first_block, int cluster, int threads,
@@ -144,8 +166,8 @@ inline void start_fibers(std::int64_t first_block, int cluster, int threads,
   const std::size_t count = static_cast<std::size_t>(cluster) * static_cast<unsigned>(threads);
   machine.blocks = std::vector<Block>(static_cast<std::size_t>(cluster));
   machine.cluster = {static_cast<int>(count), 0, 0};
-  machine.fibers = std::vector<Fiber>(count);
-  while (machine.stacks.size() < count) machine.stacks.emplace_back(new char[kStack]);
+  machine.running = count;
+  while (machine.fibers.size() < count) make_fiber();
   for (int rank = 0; rank < cluster; ++rank) {
     Block& block = machine.blocks[static_cast<std::size_t>(rank)];
     block.index = first_block + rank;
@@ -158,16 +180,10 @@ inline void start_fibers(std::int64_t first_block, int cluster, int threads,
   }
   for (std::size_t i = 0; i < count; ++i) {
     Fiber& fiber = machine.fibers[i];
-    fiber.stack = machine.stacks[i].get();
     fiber.block = &machine.blocks[i / static_cast<unsigned>(threads)];
     fiber.thread = static_cast<unsigned>(i % static_cast<unsigned>(threads));
     fiber.done = false;
     fiber.turn = 0;
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack;
-    fiber.context.uc_stack.ss_size = kStack;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, fiber_main, 0);
   }
 }
 
@@ -175,7 +191,8 @@ inline void run_fibers() {
   for (bool running = true; running;) {
     const std::int64_t before = machine.progress;
     running = false;
-    for (Fiber& fiber : machine.fibers) {
+    for (std::size_t i = 0; i < machine.running; ++i) {
+      Fiber& fiber = machine.fibers[i];
       if (fiber.done) continue;
       running = true;
       to_fiber(&fiber);

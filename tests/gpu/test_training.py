@@ -15,12 +15,18 @@ from tests.tiny_run import SMALL
 
 SAME_BITS = ENVIRONMENT in os.environ  # as on a CPU, and from run to run; a GPU drifts off
 
+SHORT = (
+    "algorithm.sft_warmup=1",
+    "discriminator.warmup_updates=1",
+    "run.eval_every=0",
+    "sampling.max_new_tokens=16",
+)
 VARIANTS = {
-    "plain": [],
+    "plain": ["run.eval_every=2"],
     "GRPO": ["algorithm.name=grpo"],
     "KL and several updates": [
         *("algorithm.kl_beta=0.1", "algorithm.entropy_coef=0.01", "algorithm.policy_updates=2"),
-        *("run.eval_kl=true", "algorithm.baseline=leave_one_out"),
+        *("run.eval_every=2", "run.eval_kl=true", "algorithm.baseline=leave_one_out"),
     ],
     "score head": ["discriminator.head=score", "discriminator.shaping=true"],
     "score head on the policy's states": [
@@ -41,7 +47,8 @@ NOT_COMPARED = {"seconds", "phase", "sampler_mismatch"}  # the last is rounding 
 
 def run(folder, device, *overrides, **options):
     config = load_config(
-        "arithmetic", [*SMALL, f"run.device={device}", f"run.output_dir={folder}", *overrides]
+        "arithmetic",
+        [*SMALL, *SHORT, f"run.device={device}", f"run.output_dir={folder}", *overrides],
     )
     trainer = Trainer(config, **options)
     return trainer, trainer.train()
@@ -73,14 +80,8 @@ def test_a_run_is_what_it_is_on_a_cpu(variant, tmp_path, monkeypatch):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_run_by_the_kernels_of_a_gpu(dtype, tmp_path):
     """Whichever serve there, held to the reference; in bfloat16 with flash attention."""
-    short = (
-        "algorithm.sft_warmup=1",
-        "discriminator.warmup_updates=1",
-        "run.steps=1",
-        "run.eval_every=0",
-    )
-    audited = "guards.audit_every=1", "guards.audit_rows=8"
-    trainer, metrics = run(tmp_path / "run", "cuda", f"policy.dtype={dtype}", *short, *audited)
+    audited = "run.steps=1", "guards.audit_every=1", "guards.audit_rows=8"
+    trainer, metrics = run(tmp_path / "run", "cuda", f"policy.dtype={dtype}", *audited)
     assert everything_is_there(trainer)
     assert trainer.policy.head.weight.dtype == getattr(torch, dtype)
     for line in metrics:
