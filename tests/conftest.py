@@ -25,3 +25,24 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN and (
 def no_waiting_for_the_disk(monkeypatch):
     """Runs whose every step is saved: nothing here outlives a power cut."""
     monkeypatch.setattr("os.fsync", lambda file: None)
+
+
+# Workers take whole files: those of minutes first, or the last of them keeps the others waiting.
+LONG = (
+    "tests/test_stand_in.py",
+    "tests/test_distributed.py",
+    "tests/ops/test_cpu_rows.py",
+    "tests/test_study_cells.py",
+    "tests/test_continuing.py",
+    "tests/test_trainer.py",
+    "tests/test_audit.py",
+    "tests/kernels",
+)
+
+
+def pytest_collection_modifyitems(items):
+    def place(item):
+        found = [i for i, name in enumerate(LONG) if item.nodeid.startswith(name)]
+        return found[0] if found else len(LONG)
+
+    items.sort(key=place)

@@ -31,14 +31,14 @@ from airl_fast.tasks import arithmetic  # noqa: F401
 from airl_fast.trainer import Trainer
 
 BASE = [
-    "run.steps=7",
+    "run.steps=3",
     "run.threads=1",
     "run.eval_every=0",
     "run.checkpoint_every=100",
     "run.token_budget=150",
-    "algorithm.sft_warmup=8",
+    "algorithm.sft_warmup=3",
     "algorithm.sft_batch=3",
-    "discriminator.warmup_updates=5",
+    "discriminator.warmup_updates=2",
     "discriminator.perturbed_per_update=2",
     "discriminator.logp_floor=-30",
     "sampling.prompts_per_step=4",

@@ -175,7 +175,7 @@ def test_weights_that_cannot_be_written_fail_on_all_and_leave_nothing(models, tm
 
 def test_a_signal_to_one_rank_ends_all_after_the_step(models, tmp_path):
     """As torchrun starts them; its own SIGTERM goes to every rank."""
-    many = ["run.steps=987", "run.output_dir=run"]  # it is asked long before the last of them
+    many = ["run.steps=995", "run.output_dir=run"]  # it is asked long before the last of them
     given = [*runs.BASE, *overrides(models, "lora"), *many]
     command = [sys.executable, "-u", "-m", "airl_fast", "train", "arithmetic", *given]
     with socket.socket() as free:

@@ -258,6 +258,7 @@ def test_log_probs_of_several_updates_are_those_sampled(tmp_path):
 @pytest.mark.parametrize("overrides", [[], SHARED], ids=["full", "shared"])
 def test_the_kl_is_to_the_policy_after_the_warm_start(overrides, tmp_path):
     settings = ["algorithm.kl_beta=0.1", "policy.warmup_steps=0", "policy.learning_rate=1e-3"]
+    settings.append("sampling.max_new_tokens=24")
     trainer = Watched(make_config(tmp_path, *overrides, *settings))
     metrics = trainer.train()
     assert [m["phase"] for m in metrics] == ["sft", "discriminator", "policy", "policy"]

@@ -19,6 +19,7 @@ overrides:
   - discriminator.perturbed_per_update=2
   - sampling.prompts_per_step=4
   - sampling.group_size=2
+  - sampling.max_new_tokens=12
   - task.demonstrations=20
   - task.unlabelled=20
   - task.validation=6
