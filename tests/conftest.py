@@ -1,4 +1,4 @@
-"""Before any test module is imported: where there is no GPU, Triton's kernels are interpreted.
+"""Before any test module is imported: one thread, and without a GPU Triton's kernels interpreted.
 
 Triton reads TRITON_INTERPRET when it is first imported, and several test modules import packages
 that import it. Nothing else is affected: in the interpreter the backend serves only when forced.
@@ -13,6 +13,11 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# On tiny tensors a second thread of an operation costs more than it brings.
+if "OMP_NUM_THREADS" not in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+    torch.set_num_threads(1)
 
 # A shell's background job starts with SIGINT ignored, and so would every process of the tests.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN and (

@@ -95,7 +95,7 @@ def test_half_precision_is_rounded_once(dtype, device):
 def test_layers_and_their_gradients_are_as_exact_as_those_of_transformers(
     kind, device, monkeypatch
 ):
-    model, batch = model_of(kind).to(device), batch_of(60, first=20).to(device)
+    model, batch = model_of(kind).to(device), batch_of(32, first=6).to(device)
 
     def everything(model):
         model.zero_grad()
@@ -118,7 +118,7 @@ def test_layers_and_their_gradients_are_as_exact_as_those_of_transformers(
 
 
 def test_layers_in_bfloat16(device, monkeypatch):
-    model, batch = model_of("llama").to(device, torch.bfloat16), batch_of(60, first=20).to(device)
+    model, batch = model_of("llama").to(device, torch.bfloat16), batch_of(32, first=6).to(device)
     exact = states(copy.deepcopy(model).double(), batch)
     own = (states(model, batch).double() - exact).norm()
     ran = counted(monkeypatch)
@@ -130,7 +130,7 @@ def test_layers_in_bfloat16(device, monkeypatch):
 
 
 def test_one_large_token_does_not_hide_that_a_layer_has_changed(device, monkeypatch):
-    model, batch = model_of("llama").to(device, torch.bfloat16), batch_of(60, first=20).to(device)
+    model, batch = model_of("llama").to(device, torch.bfloat16), batch_of(32, first=6).to(device)
     with torch.no_grad():
         model.get_input_embeddings().weight[batch.input_ids[3]] *= 300
     for each in model.base_model.layers:

@@ -29,7 +29,7 @@ def build() -> Path:
     if not library.exists():
         unfinished = library.with_suffix(f".{os.getpid()}.part")  # several workers may build it
         command = [
-            *(compiler, "-std=c++20", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror"),
+            *(compiler, "-std=c++20", "-O0", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror"),
             *(f"-isystem{root}/include", f"-isystem{root}/include/torch/csrc/api/include"),
             *(str(SOURCE), "-o", str(unfinished)),
             *(f"-L{root}/lib", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{root}/lib"),
