@@ -47,7 +47,6 @@ LONG = (
 
 def pytest_collection_modifyitems(items):
     def place(item):
-        found = [i for i, name in enumerate(LONG) if item.nodeid.startswith(name)]
-        return found[0] if found else len(LONG)
+        return next((i for i, name in enumerate(LONG) if item.nodeid.startswith(name)), len(LONG))
 
     items.sort(key=place)

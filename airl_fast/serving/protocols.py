@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any, ClassVar
@@ -22,24 +23,24 @@ from airl_fast.parsing import shown
 from airl_fast.scores import Scored
 
 
-class Request(BaseModel):
+class Request(BaseModel, ABC):
     """A request's body; ``pairs`` says what to score and ``response`` what came of it."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
+    @abstractmethod
     def pairs(self, reader: RewardReader) -> list[EncodedPair]:
         """Encode what is to be scored.
 
         Raises:
             ValueError: what the scorer cannot take, with the position.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def response(
         self, reader: RewardReader, pairs: Sequence[EncodedPair], scored: Sequence[Scored]
     ) -> dict[str, Any]:
         """The JSON that is answered."""
-        raise NotImplementedError
 
 
 class ScoreRequest(Request):

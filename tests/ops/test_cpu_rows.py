@@ -225,7 +225,7 @@ def test_the_kernels_are_clean_under_the_sanitizers(tmp_path):
         pytest.skip("the compiler has no address and undefined-behaviour sanitizers")
     program = tmp_path / "harness"
     sources = [str(f) for f in sorted(CSRC.glob("*.cpp")) if "bindings" not in f.name]
-    flags = ["-std=c++17", "-O0", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off"]
+    flags = ["-std=c++17", "-O0", "-g1", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off"]
     build = [compiler, *flags, *sanitize, "-pthread", f"-I{CSRC}", str(HARNESS), *sources, "-ldl"]
     subprocess.run([*build, "-o", str(program)], check=True)
     subprocess.run([str(program)], check=True, env={"ASAN_OPTIONS": "detect_leaks=0"})
