@@ -3,11 +3,13 @@
 // Everything lies in an unnamed namespace, so that the linker can never take code compiled for one
 // instruction set as that of another. V has: F (kWidth floats), load, store, set, add, sub, mul,
 // div, fma (a b + c), fnma (c - a b), max, min, abs, with_sign_of, where_less, zero_below, first,
-// nearest, times_power_of_two, sum and largest.
+// nearest, times_power_of_two, sum and largest; with kMasks also load_first and store_first.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 
 #include "half.h"
 #include "layer_kernels.h"
@@ -81,6 +83,7 @@ inline void tanh_and_slope(typename V::F y, typename V::F* value, typename V::F*
 
 template <class V, class T>
 inline typename V::F load_first(const T* data, std::int64_t count) {
+  if constexpr (V::kMasks && std::is_same_v<T, float>) return V::load_first(data, count);
   T padded[V::kWidth] = {};
   std::memcpy(padded, data, static_cast<std::size_t>(count) * sizeof(T));
   return V::load(padded);
@@ -88,6 +91,7 @@ inline typename V::F load_first(const T* data, std::int64_t count) {
 
 template <class V, class T>
 inline void store_first(T* data, typename V::F x, std::int64_t count) {
+  if constexpr (V::kMasks && std::is_same_v<T, float>) return V::store_first(data, x, count);
   T padded[V::kWidth];
   V::store(padded, x);
   std::memcpy(data, padded, static_cast<std::size_t>(count) * sizeof(T));

@@ -6,6 +6,7 @@ namespace {
 
 struct Portable {
   static constexpr int kWidth = 4;
+  static constexpr bool kMasks = false;
   struct F {
     float lane[kWidth];
   };

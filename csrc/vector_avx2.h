@@ -11,7 +11,13 @@ namespace {
 
 struct Avx2 {
   static constexpr int kWidth = 8;
+  static constexpr bool kMasks = true;
   using F = __m256;
+
+  static __m256i lanes(std::int64_t count) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lane);
+  }
 
   static F load(const float* p) { return _mm256_loadu_ps(p); }
   static F load(const BFloat16* p) {
@@ -36,6 +42,13 @@ struct Avx2 {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                      _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
+  // The first lanes alone: of memory that ends there.
+  static F load_first(const float* p, std::int64_t count) {
+    return _mm256_maskload_ps(p, lanes(count));
+  }
+  static void store_first(float* p, F x, std::int64_t count) {
+    _mm256_maskstore_ps(p, lanes(count), x);
+  }
   static F set(float x) { return _mm256_set1_ps(x); }
   static F add(F a, F b) { return _mm256_add_ps(a, b); }
   static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
@@ -56,9 +69,7 @@ struct Avx2 {
     return _mm256_andnot_ps(_mm256_cmp_ps(x, set(edge), _CMP_LT_OQ), value);
   }
   static F first(F x, std::int64_t count) {
-    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    const __m256i keep = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lane);
-    return _mm256_and_ps(x, _mm256_castsi256_ps(keep));
+    return _mm256_and_ps(x, _mm256_castsi256_ps(lanes(count)));
   }
   static F nearest(F x) {
     return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

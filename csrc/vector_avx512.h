@@ -9,12 +9,16 @@ namespace {
 
 struct Avx512 {
   static constexpr int kWidth = 16;
+  static constexpr bool kMasks = true;
   using F = __m512;
 
   static __m512i bits(F x) { return _mm512_castps_si512(x); }
   static F floats(__m512i x) { return _mm512_castsi512_ps(x); }
   static __m256i raw(const void* p) {
     return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+  }
+  static __mmask16 lanes(std::int64_t count) {
+    return static_cast<__mmask16>((1u << count) - 1u);
   }
   static void put(void* p, __m256i x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x); }
 
@@ -34,6 +38,13 @@ struct Avx512 {
   }
   static void store(Float16* p, F x) {
     put(p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+  // The first lanes alone: of memory that ends there.
+  static F load_first(const float* p, std::int64_t count) {
+    return _mm512_maskz_loadu_ps(lanes(count), p);
+  }
+  static void store_first(float* p, F x, std::int64_t count) {
+    _mm512_mask_storeu_ps(p, lanes(count), x);
   }
   static F set(float x) { return _mm512_set1_ps(x); }
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
@@ -56,7 +67,7 @@ struct Avx512 {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, set(edge), _CMP_NLT_UQ), value);
   }
   static F first(F x, std::int64_t count) {
-    return _mm512_maskz_mov_ps(static_cast<__mmask16>((1u << count) - 1u), x);
+    return _mm512_maskz_mov_ps(lanes(count), x);
   }
   static F nearest(F x) {
     return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
