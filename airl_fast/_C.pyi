@@ -128,6 +128,39 @@ def gate_rows(size: _Size, gate: int, up: int, threads: int, out: int) -> None: 
 def gate_gradient(
     size: _Size, grad: int, gate: int, up: int, threads: int, d_gate: int, d_up: int
 ) -> None: ...
+def draw_rows(
+    logits: int,
+    stride: int,
+    rows: int,
+    vocab: int,
+    scale: float,
+    u: int,
+    tokens: int,
+    logp: int,
+    threads: int,
+) -> None: ...
+def attend_rows(
+    rows: int,
+    heads: int,
+    key_heads: int,
+    size: int,
+    tokens: int,
+    room: int,
+    own: int,
+    window: int,
+    prompt_keys: int,
+    prompt_values: int,
+    starts: int,
+    counts: int,
+    own_keys: int,
+    own_values: int,
+    queries: int,
+    keys: int,
+    values: int,
+    scale: float,
+    out: int,
+    threads: int,
+) -> None: ...
 def rotate_heads(
     x: int,
     stride: int,

@@ -11,7 +11,7 @@ scaled_dot_product_attention call (layout.py says which).
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,12 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from airl_fast import varlen
 from airl_fast.batch_checks import check_tokens
-from airl_fast.continuing import Continuation, Pass
 from airl_fast.layout import Bucket, PackedLayout, layout_of
 from airl_fast.packing import PackedBatch
+
+if TYPE_CHECKING:
+    from airl_fast.continuing import Pass
+    from airl_fast.decoding import Rows
 
 NAME = "airl_fast"  # of the attention implementation registered with transformers
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -42,7 +45,9 @@ def packed_attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     packed_batch: PackedBatch | None = None,
-    alone: Pass | None = None,
+    keep: "dict[nn.Module, tuple[Tensor, Tensor]] | None" = None,
+    alone: "Pass | None" = None,
+    rows: "Rows | None" = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend within the sequences of a packed batch (transformers' AttentionInterface).
@@ -59,7 +64,9 @@ def packed_attention(
         softcap: scores become ``softcap * tanh(scores / softcap)`` (Gemma 2).
         s_aux: [H] scores of a sink that takes its share of the softmax and adds nothing (gpt-oss).
         packed_batch: the batch, as :func:`packed_forward` passes it.
-        alone: one text instead of a batch, as :func:`continued_forward` passes it.
+        keep: of a batch, where each layer's keys and values are put.
+        alone: one text instead of a batch (continuing.py).
+        rows: a token of each of these instead of a batch (decoding.py).
         kwargs: whatever else the model passes on; what would change the scores is refused.
 
     Returns:
@@ -69,7 +76,7 @@ def packed_attention(
         ValueError: no batch, dropout, or an argument that this attention does not know.
     """
     name = type(module).__name__
-    if packed_batch is None and alone is None:
+    if packed_batch is None and alone is None and rows is None:
         raise ValueError(
             f"{name} is set up for packed batches but was given none: call the model through "
             "airl_fast.attention.packed_forward, or inside standard_attention(model) to generate"
@@ -79,8 +86,12 @@ def packed_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if alone is not None:
         key, value = alone.extend(key, value)
-        out = _attend(alone.bucket, query, key, value, scale, window, softcap, s_aux)
+        out = attend(alone.bucket, query, key, value, scale, window, softcap, s_aux)
         return out.transpose(1, 2), None
+    if rows is not None:
+        return rows.attend(module, query, key, value, scale, window, softcap, s_aux), None
+    if keep is not None:
+        keep[module] = key, value
     assert packed_batch is not None
     if varlen.serves(query, value, softcap, s_aux) is None:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
@@ -88,7 +99,7 @@ def packed_attention(
         return varlen.varlen_attention(layout, q, k, v, scale, window)[None], None
     outputs, buckets = [], layout_of(packed_batch)
     for bucket, q, k, v in _gather(buckets, query, key, value):
-        out = _attend(bucket, q, k, v, scale, window, softcap, s_aux)
+        out = attend(bucket, q, k, v, scale, window, softcap, s_aux)
         outputs.append(out.transpose(1, 2).flatten(0, 1))  # [n * l, H, Ev]
     return torch.cat(outputs).index_select(0, buckets.restore)[None], None
 
@@ -132,7 +143,7 @@ def _gather(
     yield from zip(layout.buckets, *gathered, strict=True)
 
 
-def _attend(
+def attend(
     bucket: Bucket,
     q: Tensor,
     k: Tensor,
@@ -142,6 +153,7 @@ def _attend(
     softcap: float | None,
     s_aux: Tensor | None,
 ) -> Tensor:
+    """What the queries [n, H, l, E] of a bucket take from its keys [n, Hk, m, E]: [n, H, l, Ev]."""
     if softcap is None and s_aux is None:
         return _sdpa(bucket, q, k, v, scale, window)
     return _explicit(bucket, q, k, v, scale, window, softcap, s_aux)
@@ -153,7 +165,10 @@ def _sdpa(
     """Attention of one bucket, [n, H, l, Ev]."""
     window = None if window is None or window >= bucket.shape[2] else window
     causal = bucket.causal and window is None
-    return scaled_dot_product_attention(
+    shape = q.shape
+    if shape[2] == 1 and not causal:  # the heads of a key head are its queries: nothing is repeated
+        q = q.reshape(shape[0], k.shape[1], -1, shape[-1])
+    out = scaled_dot_product_attention(
         q,
         k,
         v,
@@ -162,6 +177,7 @@ def _sdpa(
         scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],
     )
+    return out.reshape(*shape[:3], -1)
 
 
 def _explicit(
@@ -282,7 +298,11 @@ def standard_attention(model: nn.Module) -> Iterator[None]:
 
 
 def packed_forward(
-    trunk: nn.Module, batch: PackedBatch, *, inputs_embeds: Tensor | None = None
+    trunk: nn.Module,
+    batch: PackedBatch,
+    *,
+    inputs_embeds: Tensor | None = None,
+    keep: dict[nn.Module, tuple[Tensor, Tensor]] | None = None,
 ) -> Tensor:
     """Run a decoder's trunk on a packed batch.
 
@@ -290,6 +310,7 @@ def packed_forward(
         trunk: the model below the head (``LlamaModel``), after :func:`enable_packed_attention`.
         batch: on the trunk's device.
         inputs_embeds: [T, D], instead of the embeddings of ``batch.input_ids``.
+        keep: takes the keys [1, Hk, T, E] and values of every attention layer, by module.
 
     Returns:
         The last hidden states, after the final norm, [T, D]: those of each sequence run alone.
@@ -303,14 +324,14 @@ def packed_forward(
             f"expected a PackedBatch, received {type(batch).__name__}: make one with "
             "airl_fast.pack()"
         )
-    config = _enabled(trunk)
+    config = enabled(trunk)
     longest = check_tokens(trunk, batch, inputs_embeds is None)
     if inputs_embeds is not None and inputs_embeds.shape[:-1] != (batch.num_tokens,):
         raise ValueError(
             f"expected inputs_embeds of shape [{batch.num_tokens}, D], received "
             f"{tuple(inputs_embeds.shape)}: one row per token of the batch"
         )
-    _check_rope(config, longest)
+    check_rope(config, longest)
     tokens = (
         {"input_ids": batch.input_ids[None]}
         if inputs_embeds is None
@@ -322,45 +343,13 @@ def packed_forward(
         attention_mask=None,
         use_cache=False,
         packed_batch=batch,
+        keep=keep,
     )
-    return _last_hidden(trunk, output)
+    return last_hidden(trunk, output)
 
 
-def continued_forward(
-    trunk: nn.Module, input_ids: Tensor, before: Continuation | None = None
-) -> tuple[Tensor, Continuation]:
-    """Run a decoder's trunk on one text alone, or on what continues one.
-
-    The shapes of a pass are those of its text and of what it continues, whatever else there is to
-    run: so are its bits, which no other text can change.
-
-    Args:
-        trunk: as in :func:`packed_forward`.
-        input_ids: [C] int64, on the trunk's device.
-        before: what an earlier pass, which continued nothing, returned.
-
-    Returns:
-        The last hidden states, after the final norm, [C, D]; and what further texts can continue
-        (``before`` itself where it was given).
-
-    Raises:
-        ValueError: as :func:`packed_forward`.
-    """
-    config = _enabled(trunk)
-    shared, length = before.length if before else 0, input_ids.numel()
-    _check_rope(config, shared + length)
-    alone = Pass(before, length, input_ids.device)
-    output = trunk(
-        input_ids=input_ids[None],
-        position_ids=torch.arange(shared, shared + length, device=input_ids.device)[None],
-        attention_mask=None,
-        use_cache=False,
-        alone=alone,
-    )
-    return _last_hidden(trunk, output), before or alone.kept
-
-
-def _enabled(trunk: nn.Module) -> Any:
+def enabled(trunk: nn.Module) -> Any:
+    """The text configuration of a trunk that attends by packed sequences; others are refused."""
     config = _transformers_model(trunk).config.get_text_config()
     if config._attn_implementation != NAME:
         raise ValueError(
@@ -370,7 +359,8 @@ def _enabled(trunk: nn.Module) -> Any:
     return config
 
 
-def _last_hidden(trunk: nn.Module, output: Any) -> Tensor:
+def last_hidden(trunk: nn.Module, output: Any) -> Tensor:
+    """The states [T, D] that a trunk returned for a batch of one."""
     if not hasattr(output, "last_hidden_state"):
         raise ValueError(
             f"{type(trunk).__name__} returns no last_hidden_state: pass the trunk below its head, "
@@ -379,7 +369,7 @@ def _last_hidden(trunk: nn.Module, output: Any) -> Tensor:
     return output.last_hidden_state[0]
 
 
-def _check_rope(config: Any, longest: int) -> None:
+def check_rope(config: Any, longest: int) -> None:
     """Refuse lengths at which the rotation depends on the longest sequence of the batch."""
     parameters = getattr(config, "rope_parameters", None) or {}
     per_layer = [p for p in parameters.values() if isinstance(p, dict)]

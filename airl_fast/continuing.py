@@ -8,14 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from airl_fast.attention import check_rope, enabled, last_hidden
 from airl_fast.layout import Bucket
 
 
 @dataclass(eq=False)
 class Continuation:
-    """What ``attention.continued_forward`` keeps of a text, so that others continue it.
+    """What :func:`continued_forward` keeps of a text, so that others continue it.
 
     Attributes:
         length: tokens of the text.
@@ -59,3 +60,37 @@ class Pass:
             torch.cat([before.keys[layer], key], 2),
             torch.cat([before.values[layer], value], 2),
         )
+
+
+def continued_forward(
+    trunk: nn.Module, input_ids: Tensor, before: Continuation | None = None
+) -> tuple[Tensor, Continuation]:
+    """Run a decoder's trunk on one text alone, or on what continues one.
+
+    The shapes of a pass are those of its text and of what it continues, whatever else there is to
+    run: so are its bits, which no other text can change.
+
+    Args:
+        trunk: as in :func:`airl_fast.attention.packed_forward`.
+        input_ids: [C] int64, on the trunk's device.
+        before: what an earlier pass, which continued nothing, returned.
+
+    Returns:
+        The last hidden states, after the final norm, [C, D]; and what further texts can continue
+        (``before`` itself where it was given).
+
+    Raises:
+        ValueError: as :func:`airl_fast.attention.packed_forward`.
+    """
+    config = enabled(trunk)
+    shared, length = before.length if before else 0, input_ids.numel()
+    check_rope(config, shared + length)
+    alone = Pass(before, length, input_ids.device)
+    output = trunk(
+        input_ids=input_ids[None],
+        position_ids=torch.arange(shared, shared + length, device=input_ids.device)[None],
+        attention_mask=None,
+        use_cache=False,
+        alone=alone,
+    )
+    return last_hidden(trunk, output), before or alone.kept

@@ -30,6 +30,7 @@ from airl_fast.ops._cpu_products import Factor, Norm
 _KNOWN = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
 # A token's error over its norm, by the precision of products, beyond which a layer is another.
 _TOLERANCE = {"highest": 1e-4, "high": 1e-3, "medium": 1e-1}
+_BATCHES = ("packed_batch", "rows")  # what a pass may run on
 _log = logging.getLogger(__name__)
 
 
@@ -81,7 +82,7 @@ def _alike(found: Tensor, expected: Any) -> bool:
 
 def _serves(layer: Any, hidden_states: Tensor, kwargs: dict[str, Any]) -> bool:
     """Whether a pass can run fused: one of ours, and nobody listens inside."""
-    if kwargs.get("packed_batch") is None:
+    if all(kwargs.get(name) is None for name in _BATCHES):
         return False  # a text alone keeps its keys: once
     if kwargs.get("output_attentions") or kwargs.get("output_hidden_states"):
         return False
@@ -130,6 +131,7 @@ def _attended(attention: Any, projected: list[Tensor], kwargs: dict[str, Any]) -
     cos, sin = (part[0] for part in kwargs["position_embeddings"])
     q, k = between.rotated(q, cos, sin), between.rotated(k, cos, sin)
     query, key, value = (part.transpose(0, 1)[None] for part in (q, k, v))
+    passed: dict[str, Any] = {name: kwargs.get(name) for name in (*_BATCHES, "keep")}
     out, _ = packed_attention(
         attention,
         query,
@@ -138,7 +140,7 @@ def _attended(attention: Any, projected: list[Tensor], kwargs: dict[str, Any]) -
         kwargs.get("attention_mask"),
         scaling=attention.scaling,
         sliding_window=getattr(attention, "sliding_window", None),
-        packed_batch=kwargs["packed_batch"],
+        **passed,
     )
     return out[0].flatten(1)
 

@@ -11,13 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from airl_fast.attention import (
-    Continuation,
-    continued_forward,
-    enable_packed_attention,
-    packed_forward,
-    standard_attention,
-)
+from airl_fast.attention import enable_packed_attention, packed_forward, standard_attention
+from airl_fast.continuing import Continuation, continued_forward
 from airl_fast.distributed import Shards, World, gathered
 from airl_fast.fused import fuse
 from airl_fast.lora import fuse_adapters
@@ -144,13 +139,20 @@ class LanguageModel(nn.Module):
             logit_scale=scale if scale is not None else 1.0 / divisor if divisor else 1.0,
         )
 
-    def hidden(self, batch: PackedBatch) -> Tensor:
-        """Last hidden states of a packed batch, [T, D] in the model's dtype."""
-        return self.inside(self._hidden, batch)
+    def hidden(
+        self, batch: PackedBatch, keep: dict[nn.Module, tuple[Tensor, Tensor]] | None = None
+    ) -> Tensor:
+        """Last hidden states of a packed batch, [T, D] in the model's dtype.
 
-    def _hidden(self, batch: PackedBatch) -> Tensor:
+        ``keep`` takes the keys [1, Hk, T, E] and values of every attention layer.
+        """
+        return self.inside(self._hidden, batch, keep)
+
+    def _hidden(
+        self, batch: PackedBatch, keep: dict[nn.Module, tuple[Tensor, Tensor]] | None
+    ) -> Tensor:
         with self.active():
-            return packed_forward(self.causal_lm.base_model, batch)
+            return packed_forward(self.causal_lm.base_model, batch, keep=keep)
 
     def continued(
         self, input_ids: Tensor, before: Continuation | None = None
@@ -177,6 +179,13 @@ class LanguageModel(nn.Module):
             return_entropy=True,
             **head.arguments(),
         )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The logits [R, V] float32 of a few states [R, D], whole: to draw from."""
+        head = self.head
+        z: Tensor = self.causal_lm.get_output_embeddings()(hidden).float()
+        z = z if head.logit_scale == 1.0 else z * head.logit_scale
+        return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
 
     @contextmanager
     def active(self) -> Iterator[None]:

@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from airl_fast.attention import Continuation
+from airl_fast.continuing import Continuation
 from airl_fast.discriminator import Discriminator
 from airl_fast.encoding import EncodedPair
 from airl_fast.invariance import SCORE_COLUMNS, least_rows, padded, widths

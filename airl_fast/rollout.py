@@ -1,4 +1,4 @@
-"""Sampling completions with transformers' generate, with the log-probs they were sampled at.
+"""Sampling completions of prompts, with the log-probs they were sampled at.
 
 Every token is drawn by a number of its own: a function of the seed, the completion's place among
 all that are asked for, and the token's place in it. So a completion does not depend, but for the
@@ -7,19 +7,24 @@ rounding of its logits, on what is sampled beside it or on how many processes sh
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from airl_fast.attention import standard_attention
 from airl_fast.batches import derive_seed
+from airl_fast.decoding import Rows
 from airl_fast.language_model import LanguageModel
+from airl_fast.ops._draw import draw
+from airl_fast.transfers import sent
 
 FinishReason = Literal["end", "stop", "length"]
+
+_UNREAD = 16  # tokens of a row that a GPU draws before the CPU waits to see whether it has ended
+_FEWER = 7 / 8  # of the rows still go on: the others are left behind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +70,9 @@ def sample(
         same arguments; each samples a share of the prompts, and has all rollouts in the end.
 
     Raises:
-        ValueError: an empty prompt, a token id that the policy does not know, or an option out of
-            its range.
+        ValueError: an empty prompt, a token id that the policy does not know, a prompt that leaves
+            no room for the completion in its context, or an option out of its range.
+        FloatingPointError: the policy's log-probs are not finite.
     """
     empty = [i for i, prompt in enumerate(prompts) if not len(prompt)]
     if empty:
@@ -93,7 +99,13 @@ def sample(
                     f"prompt {i}: expected token ids from 0 to {vocabulary - 1}, received "
                     f"{token!r}: encode with the model's own tokenizer"
                 )
-    # Prompts of like length go together, so that little of a batch is padding.
+        if len(prompt) + max_new_tokens > policy.context:
+            raise ValueError(
+                f"prompt {i} has {len(prompt)} tokens: with max_new_tokens={max_new_tokens} it may "
+                f"pass the policy's context of {policy.context:.0f}; expected a shorter one, or "
+                "lower max_new_tokens"
+            )
+    # Prompts of like length go together: rows have room for the keys of the longest beside them.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     mine, per_batch = policy.world.share(order), max(1, batch_size // group_size)
     groups: dict[int, list[Rollout]] = {}
@@ -116,7 +128,7 @@ def sample(
             for position, index in enumerate(indices):
                 groups[index] = rollouts[position * group_size : (position + 1) * group_size]
 
-    with policy.whole(), standard_attention(policy.causal_lm):
+    with policy.whole():
         policy.inside(run)
     for part in policy.world.gather(groups):
         groups |= part
@@ -159,49 +171,42 @@ def largest_mismatch(rollouts: Sequence[Rollout], logp: Sequence[Tensor]) -> flo
 
 
 class _Drawer:
-    """A logits processor that draws the next token of every row and keeps its log-prob.
-
-    generate() decodes greedily what it returns: 0 for the token that was drawn, -inf elsewhere.
+    """Draws the next token of every row by the row's own numbers.
 
     Args:
         seeds: of each row.
         length: most tokens that are drawn.
         temperature: of the softmax; 0 takes the likeliest token.
-        device: where the scores are.
+        device: where the logits are.
     """
 
     def __init__(
         self, seeds: list[int], length: int, temperature: float, device: torch.device
     ) -> None:
         self.temperature = temperature
-        self.logp: list[Tensor] = []  # [rows] of each token
         generator = torch.Generator()  # of the CPU: the numbers are the same on every device
         draws = [
             torch.rand(length, generator=generator.manual_seed(seed), dtype=torch.float64)
             for seed in seeds
         ]
-        self.draws = torch.stack(draws, 1).to(device)  # [length, rows], uniform in [0, 1)
+        self.draws = sent(torch.stack(draws), device)  # [rows, length], uniform in [0, 1)
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        logp = torch.log_softmax(scores.float() / (self.temperature or 1.0), dim=-1)
-        token = self._drawn(logp) if self.temperature else logp.argmax(-1, keepdim=True)
-        self.logp.append(logp.gather(1, token)[:, 0])
-        return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
-
-    def _drawn(self, logp: Tensor) -> Tensor:
-        """The inverse of the distribution function, [rows, 1]: the first token that passes u."""
-        total = logp.double().exp().cumsum(-1)
-        u = self.draws[len(self.logp)][:, None] * total[:, -1:]  # the sum is 1 but for rounding
-        total[:, -1] = torch.inf  # the last token ends the range, however u was rounded
-        last = total.shape[-1] - 1  # beyond it only for NaN, which is refused at the end
-        return torch.searchsorted(total, u, right=True).clamp_(max=last)
+    def __call__(self, logits: Tensor, rows: Tensor, place: int) -> tuple[Tensor, Tensor]:
+        """The tokens [R] of ``rows`` [R] at their ``place``, and their log-probs [R] float32."""
+        if self.temperature:
+            return draw(logits, self.draws[rows, place], self.temperature)
+        logp, token = torch.log_softmax(logits, dim=-1).max(-1)
+        return token, logp
 
 
 class _Ends:
-    """A stopping criterion that notes where and why each row ended.
+    """Notes where and why each row ended.
 
-    transformers' own criteria do not tell which rows they ended, and its stop strings may begin in
-    the prompt: a row that ends so cannot be told from one that draws padding.
+    Args:
+        tokenizer: decodes the rows to look for stop strings.
+        stop: strings that end a row.
+        ends: tokens that end a row.
+        rows: how many there are.
     """
 
     def __init__(self, tokenizer: Any, stop: list[str], ends: set[int], rows: int) -> None:
@@ -216,13 +221,14 @@ class _Ends:
         self.reasons: list[FinishReason | None] = [None] * rows
         self.shown: list[list[int]] = [[] for _ in range(rows)]  # the tokens that are text
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
-        for row, token in enumerate(input_ids[:, -1].tolist()):
-            if self.reasons[row] is None:
-                self.lengths[row] += 1
-                self.reasons[row] = self._reason(self.shown[row], token)
-        done = [reason is not None for reason in self.reasons]
-        return torch.tensor(done, device=input_ids.device)
+    def read(self, row: int, tokens: list[int]) -> bool:
+        """Read further tokens of a row; whether it goes on after them."""
+        for token in tokens:
+            if self.reasons[row] is not None:
+                return False
+            self.lengths[row] += 1
+            self.reasons[row] = self._reason(self.shown[row], token)
+        return self.reasons[row] is None
 
     def _reason(self, shown: list[int], token: int) -> FinishReason | None:
         if self.stop and token not in self.special:
@@ -246,71 +252,47 @@ def _generate(
     stop: list[str],
 ) -> list[Rollout]:
     """A completion for every seed; each prompt has as many, adjacent."""
-    from transformers import LogitsProcessorList, StoppingCriteriaList
-
-    tokenizer = policy.tokenizer
-    width = max(len(prompt) for prompt in prompts)
-    pad = tokenizer.pad_token_id
-    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts])
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    group_size = len(seeds) // len(prompts)
-    drawer = _Drawer(seeds, max_new_tokens, temperature, policy.device)
-    tokens_that_end = _ends_of_text(policy)
-    ends = _Ends(tokenizer, stop, tokens_that_end, len(seeds))
-    with policy.active(), _no_settings_of_its_own(policy.causal_lm):
-        output = policy.causal_lm.generate(
-            input_ids=ids.repeat_interleave(group_size, 0).to(policy.device),
-            attention_mask=mask.repeat_interleave(group_size, 0).to(policy.device),
-            generation_config=_generation_config(pad, tokens_that_end, max_new_tokens),
-            logits_processor=LogitsProcessorList([drawer]),
-            stopping_criteria=StoppingCriteriaList([ends]),
-            synced_gpus=False,  # the weights are whole here: no rank waits for another
+    device, count = policy.device, len(seeds)
+    of = [row * len(prompts) // count for row in range(count)]
+    drawer = _Drawer(seeds, max_new_tokens, temperature, device)
+    ends = _Ends(policy.tokenizer, stop, _ends_of_text(policy), count)
+    tokens = torch.zeros(count, max_new_tokens, dtype=torch.int64, device=device)
+    logp = torch.zeros(count, max_new_tokens, device=device)
+    rows, alive = Rows(policy, prompts, of), torch.arange(count, device=device)
+    every, read = (1 if device.type == "cpu" else _UNREAD), 0
+    for place in range(max_new_tokens):
+        drawn, logp[alive, place] = drawer(policy.logits(rows.hidden), alive, place)
+        tokens[alive, place] = drawn
+        if (place + 1) % every and place + 1 < max_new_tokens:
+            rows.go_on(drawn)
+            continue
+        new = zip(alive.tolist(), tokens[alive, read : place + 1].tolist(), strict=True)
+        going = [i for i, (row, further) in enumerate(new) if ends.read(row, further)]
+        read = place + 1
+        if not going or read == max_new_tokens:
+            break
+        if len(going) <= _FEWER * len(alive):
+            kept = sent(torch.tensor(going), device)
+            rows.only(kept)
+            alive, drawn = alive[kept], drawn[kept]
+        rows.go_on(drawn)
+    texts = zip(of, ends.lengths, ends.reasons, tokens.tolist(), logp.tolist(), strict=True)
+    rollouts = [
+        Rollout(
+            prompt=prompts[prompt],
+            completion=tuple(ids[:length]),
+            logp=tuple(values[:length]),
+            finish=reason or "length",
+            text=policy.tokenizer.decode(ids[:length], skip_special_tokens=True),
         )
-    drawn = torch.stack(drawer.logp, 1)
-    if not drawn.isfinite().all():
+        for prompt, length, reason, ids, values in texts
+    ]
+    if not all(isfinite(value) for rollout in rollouts for value in rollout.logp):
         raise FloatingPointError(
             "log-probs of sampled tokens are not finite: expected finite logits from the policy; "
             "look for non-finite weights, or go on from an earlier checkpoint"
         )
-    logp = drawn.tolist()
-    new = output[:, width:].tolist()
-    return [
-        Rollout(
-            prompt=prompts[row // group_size],
-            completion=tuple(new[row][:length]),
-            logp=tuple(logp[row][:length]),
-            finish=ends.reasons[row] or "length",
-            text=tokenizer.decode(new[row][:length], skip_special_tokens=True),
-        )
-        for row, length in enumerate(ends.lengths)
-    ]
-
-
-@contextmanager
-def _no_settings_of_its_own(model: Any) -> Iterator[None]:
-    """Take a model's generation settings away: generate() falls back on them, whatever it is given.
-
-    A repetition penalty or top-k there would change the distribution and not the log-probs.
-    """
-    from transformers import GenerationConfig
-
-    own = model.generation_config
-    model.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = own
-
-
-def _generation_config(pad: int, ends: set[int], max_new_tokens: int) -> Any:
-    from transformers import GenerationConfig
-
-    return GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        pad_token_id=pad,
-        eos_token_id=sorted(ends) or None,
-        do_sample=False,  # the drawer has drawn
-    )
+    return rollouts
 
 
 def _ends_of_text(policy: LanguageModel) -> set[int]:

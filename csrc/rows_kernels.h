@@ -11,8 +11,10 @@
 #include <cstring>
 #include <type_traits>
 
+#include "draw_kernels.h"
 #include "half.h"
 #include "layer_kernels.h"
+#include "row_attention_kernels.h"
 #include "rows.h"
 
 namespace airl_fast {
@@ -30,6 +32,8 @@ struct RowKernels {
   Differentiate differentiate[3];
   Weigh weigh;  // float32
   LayerKernels layer;
+  AttendQuery attend_query;
+  Draw draw;
 };
 
 const RowKernels& row_kernels();  // of the path that is chosen
@@ -303,7 +307,9 @@ const RowKernels& kernels_of() {
       {read<V, float>, read<V, BFloat16>, read<V, Float16>},
       {differentiate<V, float>, differentiate<V, BFloat16>, differentiate<V, Float16>},
       weigh<V>,
-      layer_kernels_of<V>()};
+      layer_kernels_of<V>(),
+      attend_query<V>,
+      draw<V>};
   return kernels;
 }
 

@@ -24,7 +24,8 @@ from transformers import (
 )
 
 from airl_fast import _C, backend, fused, pack
-from airl_fast.attention import continued_forward, enable_packed_attention, packed_forward
+from airl_fast.attention import enable_packed_attention, packed_forward
+from airl_fast.continuing import continued_forward
 from airl_fast.fused import fuse
 from airl_fast.ops import _cpu_products as products
 from airl_fast.packing import Trace

@@ -1,0 +1,219 @@
+"""Rows of text that go on a token at a time: the keys and values of what they hold so far.
+
+    P prompts   T tokens of them   R rows   D hidden size   H query heads   Hk key heads
+    E head size   m keys of the longest row   M keys, or own tokens, that a row has room for
+
+Prompts are read packed, each once, however many rows go on from it. On a CPU, in float32, rows
+share the keys and values of their prompt; everywhere else each has a copy, its own behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from airl_fast.attention import attend, check_rope, enabled, last_hidden
+from airl_fast.layout import Bucket
+from airl_fast.ops import _row_attention
+from airl_fast.packing import Trace, pack
+from airl_fast.transfers import sent
+
+if TYPE_CHECKING:
+    from airl_fast.language_model import LanguageModel
+
+_ROOM = 64  # tokens that a row gets room for at a time
+
+
+@dataclass(frozen=True, eq=False)
+class Prompts:
+    """Where the prompts of rows lie in the pass that read them.
+
+    Attributes:
+        starts: [R] int64, the first token of a row's prompt.
+        counts: [R] int64, its tokens.
+        longest: tokens of the longest.
+    """
+
+    starts: Tensor
+    counts: Tensor
+    longest: int
+
+    def only(self, rows: Tensor) -> Prompts:
+        """Those of some rows."""
+        return Prompts(self.starts[rows], self.counts[rows], self.longest)
+
+
+class Rows:
+    """Rows that go on together, a token each at a time, from prompts that were read once.
+
+    Args:
+        model: the language model.
+        prompts: token ids, one or more each.
+        of: the prompt of each row.
+
+    Attributes:
+        hidden: [R, D], the last states of the rows.
+    """
+
+    def __init__(
+        self, model: LanguageModel, prompts: Sequence[Sequence[int]], of: Sequence[int]
+    ) -> None:
+        # A pass reads texts of a token or more after a prompt: here the prompt's last one again.
+        traces = [Trace(prompt=tuple(p), completion=(p[-1],), span_lengths=(1,)) for p in prompts]
+        batch = pack(traces, lone_prompts=True)
+        lengths, rows = torch.tensor([len(p) for p in prompts]), torch.tensor(of)
+        last = batch.state_index
+        self._model = model
+        self._read: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+        states = model.hidden(batch.to(model.device), keep=self._read)
+        self.hidden = states[sent(last[rows], model.device)]
+        self._prompts = Prompts(
+            starts=sent((last - lengths + 1)[rows], model.device),
+            counts=sent(lengths[rows], model.device),
+            longest=int(lengths.max()),
+        )
+        self._held: dict[nn.Module, _Shared | _Copied] = {}
+        self._own = 0  # tokens that every row holds beyond its prompt
+
+    def go_on(self, tokens: Tensor) -> None:
+        """Put a token [R] int64 after every row; ``hidden`` is then that of it."""
+        self._own += 1
+        self.hidden = self._model.inside(self._passed, tokens)
+
+    def _passed(self, tokens: Tensor) -> Tensor:
+        trunk = self._model.causal_lm.base_model
+        check_rope(enabled(trunk), self._prompts.longest + self._own)
+        with self._model.active():
+            output = trunk(
+                input_ids=tokens[None],
+                position_ids=(self._prompts.counts + (self._own - 1))[None],
+                attention_mask=None,
+                use_cache=False,
+                rows=self,
+            )
+        return last_hidden(trunk, output)
+
+    def attend(
+        self,
+        layer: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        s_aux: Tensor | None,
+    ) -> Tensor:
+        """What the new tokens take from all that their rows hold, [1, R, H, Ev], in one layer.
+
+        Arguments as of :func:`airl_fast.attention.packed_attention`; a token for every row.
+        """
+        if layer not in self._held:
+            shared = softcap is None and s_aux is None and _row_attention.serves(query, key, value)
+            kind = _Shared if shared else _Copied
+            self._held[layer] = kind(*self._read.pop(layer), self._prompts)
+        held = self._held[layer]
+        held.make_room(self._own)
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [R, heads, E]
+        return held.attend(self._own, q, k, v, scale, window, softcap, s_aux)[None]
+
+    def only(self, rows: Tensor) -> None:
+        """Go on with those rows alone, by their numbers, int64."""
+        self.hidden, self._prompts = self.hidden[rows], self._prompts.only(rows)
+        for held in self._held.values():
+            held.only(rows)
+
+
+class _Shared:
+    """Keys and values of one layer: those of the prompts once, and of every row its own."""
+
+    def __init__(self, key: Tensor, value: Tensor, prompts: Prompts) -> None:
+        heads, size, rows = key.shape[1], key.shape[3], len(prompts.starts)
+        self._held = _row_attention.Held(
+            prompt_keys=key[0].transpose(1, 2).contiguous(),
+            prompt_values=value[0].contiguous(),
+            starts=prompts.starts,
+            counts=prompts.counts,
+            own_keys=key.new_empty(rows, heads, size, 0),
+            own_values=value.new_empty(rows, heads, 0, size),
+        )
+
+    def make_room(self, own: int) -> None:
+        held = self._held
+        if held.own_keys.shape[3] < own:
+            self._held = replace(
+                held,
+                own_keys=pad(held.own_keys, (0, _ROOM)),
+                own_values=pad(held.own_values, (0, 0, 0, _ROOM)),
+            )
+
+    def attend(
+        self,
+        own: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        window: int | None,
+        *_: object,
+    ) -> Tensor:
+        return _row_attention.attend(self._held, own, q, k, v, scale, window or 1 << 62)
+
+    def only(self, rows: Tensor) -> None:
+        held = self._held
+        self._held = replace(
+            held,
+            starts=held.starts[rows],
+            counts=held.counts[rows],
+            own_keys=held.own_keys.index_select(0, rows),
+            own_values=held.own_values.index_select(0, rows),
+        )
+
+
+class _Copied:
+    """Keys and values of one layer, [R, M, Hk, E]: of every row's prompt and its own behind it."""
+
+    def __init__(self, key: Tensor, value: Tensor, prompts: Prompts) -> None:
+        place = torch.arange(prompts.longest, device=key.device)
+        index = prompts.starts[:, None] + place.minimum(prompts.counts[:, None] - 1)
+        self._longest = prompts.longest
+        self._counts = prompts.counts
+        # what lies beyond a shorter prompt is written over before it is seen
+        self._keys, self._values = (
+            x[0].transpose(0, 1).index_select(0, index.flatten()).unflatten(0, index.shape)
+            for x in (key, value)
+        )
+
+    def make_room(self, own: int) -> None:
+        if self._keys.shape[1] < self._longest + own:
+            # zeros, since a masked score of what is no number is none
+            self._keys, self._values = (
+                pad(x, (0, 0, 0, 0, 0, _ROOM)) for x in (self._keys, self._values)
+            )
+
+    def attend(
+        self,
+        own: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        s_aux: Tensor | None,
+    ) -> Tensor:
+        rows, position = len(q), self._counts + (own - 1)
+        row, longest = torch.arange(rows, device=q.device), self._longest + own
+        self._keys[row, position], self._values[row, position] = k, v
+        bucket = Bucket(shape=(rows, 1, longest), query_positions=position[:, None], causal=False)
+        keys, values = (x[:, :longest].transpose(1, 2) for x in (self._keys, self._values))
+        return attend(bucket, q[:, :, None], keys, values, scale, window, softcap, s_aux)[:, :, 0]
+
+    def only(self, rows: Tensor) -> None:
+        self._counts = self._counts[rows]
+        self._keys, self._values = (x.index_select(0, rows) for x in (self._keys, self._values))
