@@ -340,7 +340,7 @@ def packed_forward(
     output = trunk(
         **tokens,
         position_ids=batch.position_ids[None],
-        attention_mask=None,
+        attention_mask=unmasked(batch.num_tokens, batch.device),
         use_cache=False,
         packed_batch=batch,
         keep=keep,
@@ -357,6 +357,14 @@ def enabled(trunk: nn.Module) -> Any:
             "packed sequences see each other: call enable_packed_attention(model) first"
         )
     return config
+
+
+def unmasked(tokens: int, device: torch.device) -> Tensor:
+    """A mask [1, T] that hides nothing, and is not read.
+
+    Without one transformers looks, on a GPU waits, whether positions are those of packed sequences.
+    """
+    return torch.ones(1, tokens, dtype=torch.bool, device=device)
 
 
 def last_hidden(trunk: nn.Module, output: Any) -> Tensor:

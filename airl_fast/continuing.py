@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from airl_fast.attention import check_rope, enabled, last_hidden
+from airl_fast.attention import check_rope, enabled, last_hidden, unmasked
 from airl_fast.layout import Bucket
 
 
@@ -89,7 +89,7 @@ def continued_forward(
     output = trunk(
         input_ids=input_ids[None],
         position_ids=torch.arange(shared, shared + length, device=input_ids.device)[None],
-        attention_mask=None,
+        attention_mask=unmasked(length, input_ids.device),
         use_cache=False,
         alone=alone,
     )

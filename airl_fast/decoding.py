@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from airl_fast.attention import attend, check_rope, enabled, last_hidden
+from airl_fast.attention import attend, check_rope, enabled, last_hidden, unmasked
 from airl_fast.layout import Bucket
 from airl_fast.ops import _row_attention
 from airl_fast.packing import Trace, pack
@@ -92,7 +92,7 @@ class Rows:
             output = trunk(
                 input_ids=tokens[None],
                 position_ids=(self._prompts.counts + (self._own - 1))[None],
-                attention_mask=None,
+                attention_mask=unmasked(len(tokens), tokens.device),
                 use_cache=False,
                 rows=self,
             )

@@ -23,7 +23,7 @@ from airl_fast.transfers import sent
 
 FinishReason = Literal["end", "stop", "length"]
 
-_UNREAD = 16  # tokens of a row that a GPU draws before the CPU waits to see whether it has ended
+_UNREAD = {"cpu": 1}  # tokens of a row that are drawn before it is read for its end; 16 on a GPU
 _FEWER = 7 / 8  # of the rows still go on: the others are left behind
 
 
@@ -221,14 +221,14 @@ class _Ends:
         self.reasons: list[FinishReason | None] = [None] * rows
         self.shown: list[list[int]] = [[] for _ in range(rows)]  # the tokens that are text
 
-    def read(self, row: int, tokens: list[int]) -> bool:
-        """Read further tokens of a row; whether it goes on after them."""
-        for token in tokens:
-            if self.reasons[row] is not None:
-                return False
-            self.lengths[row] += 1
-            self.reasons[row] = self._reason(self.shown[row], token)
-        return self.reasons[row] is None
+    def read(self, rows: list[int], tokens: list[list[int]]) -> list[int]:
+        """Read further tokens of rows; the places among them of those that go on."""
+        for row, further in zip(rows, tokens, strict=True):
+            for token in further:
+                if self.reasons[row] is None:
+                    self.lengths[row] += 1
+                    self.reasons[row] = self._reason(self.shown[row], token)
+        return [i for i, row in enumerate(rows) if self.reasons[row] is None]
 
     def _reason(self, shown: list[int], token: int) -> FinishReason | None:
         if self.stop and token not in self.special:
@@ -259,22 +259,20 @@ def _generate(
     tokens = torch.zeros(count, max_new_tokens, dtype=torch.int64, device=device)
     logp = torch.zeros(count, max_new_tokens, device=device)
     rows, alive = Rows(policy, prompts, of), torch.arange(count, device=device)
-    every, read = (1 if device.type == "cpu" else _UNREAD), 0
+    every, read = _UNREAD.get(device.type, 16), 0
     for place in range(max_new_tokens):
         drawn, logp[alive, place] = drawer(policy.logits(rows.hidden), alive, place)
         tokens[alive, place] = drawn
-        if (place + 1) % every and place + 1 < max_new_tokens:
-            rows.go_on(drawn)
-            continue
-        new = zip(alive.tolist(), tokens[alive, read : place + 1].tolist(), strict=True)
-        going = [i for i, (row, further) in enumerate(new) if ends.read(row, further)]
-        read = place + 1
-        if not going or read == max_new_tokens:
-            break
-        if len(going) <= _FEWER * len(alive):
-            kept = sent(torch.tensor(going), device)
-            rows.only(kept)
-            alive, drawn = alive[kept], drawn[kept]
+        last = place + 1 == max_new_tokens
+        if last or (place + 1) % every == 0:
+            going = ends.read(alive.tolist(), tokens[alive, read : place + 1].tolist())
+            read = place + 1
+            if last or not going:
+                break
+            if len(going) <= _FEWER * len(alive):
+                kept = sent(torch.tensor(going), device)
+                rows.only(kept)
+                alive, drawn = alive[kept], drawn[kept]
         rows.go_on(drawn)
     texts = zip(of, ends.lengths, ends.reasons, tokens.tolist(), logp.tolist(), strict=True)
     rollouts = [

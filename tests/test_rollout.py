@@ -6,13 +6,14 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+import airl_fast.rollout
 from airl_fast.discriminator import Discriminator
 from airl_fast.language_model import LanguageModel, Origin
 from airl_fast.packing import Trace
 from airl_fast.passes import action_logp
 from airl_fast.policy import Policy
 from airl_fast.rollout import sample
-from tests.tiny_models import tiny_model, tiny_tokenizer
+from tests.tiny_models import TINY_MODELS, tiny_model, tiny_tokenizer
 
 PROMPTS = [(1, 5, 9, 4), (7,), (1, 8, 8, 3, 20, 11), (7,)]
 
@@ -56,6 +57,30 @@ def test_sampling_and_packed_log_probs_agree(name, temperature):
     for rollout, logp in zip(rollouts, packed_logp(policy, rollouts, temperature), strict=True):
         assert len(rollout.logp) == len(rollout.completion) >= 1
         torch.testing.assert_close(torch.tensor(rollout.logp), logp, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_long_completions_of_prompts_that_rows_share(name, backend):
+    """Past the tokens that rows first have room for, and while others end beside them."""
+    policy = make_policy(name, scale=0.1)
+    prompts = [*PROMPTS, tuple(range(3, 60))]
+    with airl_fast.backend(backend):
+        rollouts = draw(policy, prompts, max_new_tokens=150, group_size=4)
+    lengths = [len(r.completion) for r in rollouts]
+    assert min(lengths) < 20
+    assert max(lengths) > 128
+    for rollout, logp in zip(rollouts, packed_logp(policy, rollouts), strict=True):
+        torch.testing.assert_close(torch.tensor(rollout.logp), logp, atol=2e-4, rtol=1e-4)
+
+
+def test_bfloat16_is_sampled_and_scored_alike():
+    policy = make_policy(scale=0.3)
+    policy.model.to(torch.bfloat16)
+    rollouts = draw(policy, max_new_tokens=30)
+    for rollout, logp in zip(rollouts, packed_logp(policy, rollouts), strict=True):
+        # logits are rounded to 8 bits where they are sampled
+        torch.testing.assert_close(torch.tensor(rollout.logp), logp.cpu(), atol=0.1, rtol=0)
 
 
 def test_each_adapter_of_a_backbone_is_sampled_as_itself(tmp_path):
@@ -193,6 +218,15 @@ def test_a_completion_does_not_depend_on_what_is_sampled_beside_it(policy, tempe
     assert equal_prompts[0] != equal_prompts[1]
 
 
+@pytest.mark.parametrize("stop", [(), ("12", "3")])
+def test_rows_that_are_read_late_end_where_they_end(policy, stop, monkeypatch):
+    options = {"group_size": 40, "max_new_tokens": 50, "stop": stop}
+    expected = draw(policy, **options)
+    assert len({len(r.completion) for r in expected}) > 10
+    monkeypatch.setitem(airl_fast.rollout._UNREAD, "cpu", 7)
+    assert draw(policy, **options) == expected
+
+
 def test_a_policy_that_is_not_finite_is_not_sampled_in_silence():
     policy = make_policy()
     with torch.no_grad():
@@ -275,6 +309,7 @@ def test_every_end_of_text_token_of_the_model_ends_a_completion():
     [
         ({"prompts": [(1, 2), ()]}, "prompt 1 is empty"),
         ({"temperature": -1.0}, "temperature must be at least 0, received -1"),
+        ({"max_new_tokens": 251}, r"prompt 2 has 6 tokens: with max_new_tokens=251 .* of 256"),
     ],
 )
 def test_what_cannot_be_sampled_is_refused(policy, options, message):

@@ -52,6 +52,7 @@ def _in_torch(logits: Tensor, u: Tensor, temperature: float) -> tuple[Tensor, Te
     before = pad(sums, (1, 0)).gather(1, block)
     within = blocks.gather(1, block[..., None].expand(-1, -1, size))[:, 0].double().cumsum(-1)
     token = block * size + _first_above(within, value - before)
+    token.clamp_(max=logits.shape[1] - 1)  # beyond it for NaN alone
     return token[:, 0], logp.gather(1, token)[:, 0]
 
 
@@ -59,4 +60,4 @@ def _first_above(sums: Tensor, value: Tensor) -> Tensor:
     """Where rising sums [R, n] first pass a value [R, 1]; never where nothing was added."""
     largest = sums[:, -1:]
     value = value.clamp(min=0).minimum(torch.nextafter(largest, torch.zeros_like(largest)))
-    return torch.searchsorted(sums, value, right=True).clamp_(max=sums.shape[1] - 1)  # for NaN
+    return torch.searchsorted(sums, value, right=True).clamp_(max=sums.shape[1] - 1)

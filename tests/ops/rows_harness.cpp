@@ -10,9 +10,11 @@
 #endif
 
 #include "discriminator.h"
+#include "draw.h"
 #include "half.h"
 #include "layer.h"
 #include "products.h"
+#include "row_attention.h"
 #include "rows.h"
 #include "segments.h"
 
@@ -156,6 +158,45 @@ bool layers(std::int64_t rows, std::int64_t width, int threads) {
   return sound;
 }
 
+bool draws(std::int64_t rows, std::int64_t vocab, int threads) {
+  std::vector<float> logits(static_cast<std::size_t>(rows * vocab));
+  for (std::size_t i = 0; i < logits.size(); ++i) logits[i] = static_cast<float>(i % 37) - 18.0f;
+  const auto count = static_cast<std::size_t>(rows);
+  std::vector<double> u(count);
+  for (std::size_t r = 0; r < count; ++r) u[r] = static_cast<double>(r) / static_cast<double>(rows);
+  std::vector<float> logp(count);
+  std::vector<std::int64_t> tokens(count, -1);
+  airl_fast::draw_rows(logits.data(), vocab, rows, vocab, 0.7f, u.data(), tokens.data(),
+                       logp.data(), threads);
+  bool sound = true;
+  for (std::size_t r = 0; r < count; ++r) {
+    sound &= tokens[r] >= 0 && tokens[r] < vocab && logp[r] <= 0.0f;
+  }
+  return sound;
+}
+
+// Prompts of 1 and `prompt` tokens; rows go on from the second, the first and the second.
+bool attention(std::int64_t prompt, std::int64_t size, std::int64_t window, int threads) {
+  const std::int64_t rows = 3, key_heads = 2, heads = 4, room = 9, tokens = prompt + 1;
+  const auto numbers = [](std::int64_t n) {
+    return std::vector<float>(static_cast<std::size_t>(n), 0.25f);
+  };
+  const auto keys = numbers(key_heads * tokens * size), values = keys;
+  const auto query = numbers(rows * heads * size), added = numbers(rows * key_heads * size);
+  const std::vector<std::int64_t> starts{1, 0, 1}, counts{prompt, 1, prompt};
+  auto own_keys = numbers(rows * key_heads * size * room), own_values = own_keys;
+  auto out = numbers(rows * heads * size);
+  bool sound = true;
+  for (std::int64_t own = 1; own <= room; ++own) {
+    airl_fast::attend_rows({rows, heads, key_heads, size, tokens, room, own, window},
+                           {keys.data(), values.data(), starts.data(), counts.data(),
+                            own_keys.data(), own_values.data()},
+                           query.data(), added.data(), added.data(), 0.5f, out.data(), threads);
+    for (const float value : out) sound &= std::fabs(value - 0.25f) < 1e-5f;
+  }
+  return sound;
+}
+
 #if defined(__linux__)
 // Numbers that end where memory ends: the sanitizers do not see what the tiles read and write.
 class Guarded {
@@ -241,6 +282,10 @@ int main() {
     every_partition<float>();
     every_partition<double>();
     for (std::int64_t width : {1, 2, 15, 16, 34, 130}) sound &= layers(5, width, 2);
+    for (std::int64_t vocab : {1, 18, 512, 1100}) sound &= draws(5, vocab, 2);
+    for (std::int64_t size : {1, 24, 70}) {
+      for (std::int64_t window : {1, 4, 1 << 30}) sound &= attention(37, size, window, 2);
+    }
   }
   sound &= every_product();
   sound &= discriminator<float>() && discriminator<double>();

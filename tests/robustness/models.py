@@ -249,6 +249,13 @@ _e.refuses(
     "negative", "group_size=0", sampled(group_size=0), "received 0", "group_size of 1 or more"
 )
 _e.refuses(
+    "range",
+    "a completion past the policy's context",
+    sampled(max_new_tokens=10**6),
+    "prompt 0 has 2 tokens: with max_new_tokens=1000000",
+    "lower max_new_tokens",
+)
+_e.refuses(
     "negative",
     "a temperature of -1",
     sampled(temperature=-1.0),
