@@ -48,6 +48,25 @@ class Prompts:
         return Prompts(self.starts[rows], self.counts[rows], self.longest)
 
 
+class Place:
+    """Where the next token of every row is.
+
+    Attributes:
+        own: tokens that every row holds beyond its prompt, the next one included.
+        position: [R] int64, of the token in its row.
+        bucket: which of its row's keys it sees; the longest row has ``bucket.shape[2]`` of them.
+    """
+
+    def __init__(self, prompts: Prompts, own: int) -> None:
+        self.own = own
+        self.position = prompts.counts + (own - 1)
+        self.bucket = Bucket(
+            shape=(len(self.position), 1, prompts.longest + own),
+            query_positions=self.position[:, None],
+            causal=False,
+        )
+
+
 class Rows:
     """Rows that go on together, a token each at a time, from prompts that were read once.
 
@@ -69,7 +88,9 @@ class Rows:
         lengths, rows = torch.tensor([len(p) for p in prompts]), torch.tensor(of)
         last = batch.state_index
         self._model = model
-        self._read: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+        self._read: dict[
+            nn.Module, tuple[Tensor, Tensor]
+        ] = {}  # by layers that no row went through
         states = model.hidden(batch.to(model.device), keep=self._read)
         self.hidden = states[sent(last[rows], model.device)]
         self._prompts = Prompts(
@@ -78,20 +99,20 @@ class Rows:
             longest=int(lengths.max()),
         )
         self._held: dict[nn.Module, _Shared | _Copied] = {}
-        self._own = 0  # tokens that every row holds beyond its prompt
+        self._place = Place(self._prompts, 0)
 
     def go_on(self, tokens: Tensor) -> None:
         """Put a token [R] int64 after every row; ``hidden`` is then that of it."""
-        self._own += 1
+        self._place = Place(self._prompts, self._place.own + 1)
         self.hidden = self._model.inside(self._passed, tokens)
 
     def _passed(self, tokens: Tensor) -> Tensor:
         trunk = self._model.causal_lm.base_model
-        check_rope(enabled(trunk), self._prompts.longest + self._own)
+        check_rope(enabled(trunk), self._place.bucket.shape[2])
         with self._model.active():
             output = trunk(
                 input_ids=tokens[None],
-                position_ids=(self._prompts.counts + (self._own - 1))[None],
+                position_ids=self._place.position[None],
                 attention_mask=unmasked(len(tokens), tokens.device),
                 use_cache=False,
                 rows=self,
@@ -117,10 +138,9 @@ class Rows:
             shared = softcap is None and s_aux is None and _row_attention.serves(query, key, value)
             kind = _Shared if shared else _Copied
             self._held[layer] = kind(*self._read.pop(layer), self._prompts)
-        held = self._held[layer]
-        held.make_room(self._own)
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [R, heads, E]
-        return held.attend(self._own, q, k, v, scale, window, softcap, s_aux)[None]
+        held = self._held[layer]
+        return held.attend(self._place, q, k, v, scale, window, softcap, s_aux)[None]
 
     def only(self, rows: Tensor) -> None:
         """Go on with those rows alone, by their numbers, int64."""
@@ -143,18 +163,9 @@ class _Shared:
             own_values=value.new_empty(rows, heads, 0, size),
         )
 
-    def make_room(self, own: int) -> None:
-        held = self._held
-        if held.own_keys.shape[3] < own:
-            self._held = replace(
-                held,
-                own_keys=pad(held.own_keys, (0, _ROOM)),
-                own_values=pad(held.own_values, (0, 0, 0, _ROOM)),
-            )
-
     def attend(
         self,
-        own: int,
+        place: Place,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -162,7 +173,12 @@ class _Shared:
         window: int | None,
         *_: object,
     ) -> Tensor:
-        return _row_attention.attend(self._held, own, q, k, v, scale, window or 1 << 62)
+        held = self._held
+        if held.own_keys.shape[3] < place.own:
+            own_keys, own_values = pad(held.own_keys, (0, _ROOM)), held.own_values
+            own_values = pad(own_values, (0, 0, 0, _ROOM))
+            held = self._held = replace(held, own_keys=own_keys, own_values=own_values)
+        return _row_attention.attend(held, place.own, q, k, v, scale, window or 1 << 62)
 
     def only(self, rows: Tensor) -> None:
         held = self._held
@@ -170,8 +186,8 @@ class _Shared:
             held,
             starts=held.starts[rows],
             counts=held.counts[rows],
-            own_keys=held.own_keys.index_select(0, rows),
-            own_values=held.own_values.index_select(0, rows),
+            own_keys=held.own_keys[rows],
+            own_values=held.own_values[rows],
         )
 
 
@@ -179,26 +195,14 @@ class _Copied:
     """Keys and values of one layer, [R, M, Hk, E]: of every row's prompt and its own behind it."""
 
     def __init__(self, key: Tensor, value: Tensor, prompts: Prompts) -> None:
-        place = torch.arange(prompts.longest, device=key.device)
-        index = prompts.starts[:, None] + place.minimum(prompts.counts[:, None] - 1)
-        self._longest = prompts.longest
-        self._counts = prompts.counts
+        token = torch.arange(prompts.longest, device=key.device)
+        index = prompts.starts[:, None] + token.minimum(prompts.counts[:, None] - 1)
         # what lies beyond a shorter prompt is written over before it is seen
-        self._keys, self._values = (
-            x[0].transpose(0, 1).index_select(0, index.flatten()).unflatten(0, index.shape)
-            for x in (key, value)
-        )
-
-    def make_room(self, own: int) -> None:
-        if self._keys.shape[1] < self._longest + own:
-            # zeros, since a masked score of what is no number is none
-            self._keys, self._values = (
-                pad(x, (0, 0, 0, 0, 0, _ROOM)) for x in (self._keys, self._values)
-            )
+        self._keys, self._values = (x[0].transpose(0, 1)[index] for x in (key, value))
 
     def attend(
         self,
-        own: int,
+        place: Place,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -207,13 +211,15 @@ class _Copied:
         softcap: float | None,
         s_aux: Tensor | None,
     ) -> Tensor:
-        rows, position = len(q), self._counts + (own - 1)
-        row, longest = torch.arange(rows, device=q.device), self._longest + own
-        self._keys[row, position], self._values[row, position] = k, v
-        bucket = Bucket(shape=(rows, 1, longest), query_positions=position[:, None], causal=False)
+        longest = place.bucket.shape[2]
+        if self._keys.shape[1] < longest:  # zeros: a score of what is no number cannot be hidden
+            more = (0, 0, 0, 0, 0, _ROOM)
+            self._keys, self._values = pad(self._keys, more), pad(self._values, more)
+        row = torch.arange(len(q), device=q.device)
+        self._keys[row, place.position], self._values[row, place.position] = k, v
         keys, values = (x[:, :longest].transpose(1, 2) for x in (self._keys, self._values))
-        return attend(bucket, q[:, :, None], keys, values, scale, window, softcap, s_aux)[:, :, 0]
+        out = attend(place.bucket, q[:, :, None], keys, values, scale, window, softcap, s_aux)
+        return out[:, :, 0]
 
     def only(self, rows: Tensor) -> None:
-        self._counts = self._counts[rows]
-        self._keys, self._values = (x.index_select(0, rows) for x in (self._keys, self._values))
+        self._keys, self._values = self._keys[rows], self._values[rows]
