@@ -11,7 +11,7 @@ scaled_dot_product_attention call (layout.py says which).
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,22 @@ if TYPE_CHECKING:
 NAME = "airl_fast"  # of the attention implementation registered with transformers
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _REFUSED = ("position_bias", "indices", "block_indices")  # keywords that change the scores
+
+
+class Scoring(NamedTuple):
+    """What a layer makes of its queries and keys.
+
+    Attributes:
+        scale: of the scores.
+        window: a token sees itself and the ``window - 1`` before it; None: all of them.
+        softcap: scores become ``softcap * tanh(scores / softcap)`` (Gemma 2).
+        s_aux: [H] scores of a sink that takes its share of the softmax and adds nothing (gpt-oss).
+    """
+
+    scale: float
+    window: int | None
+    softcap: float | None
+    s_aux: Tensor | None
 
 
 def packed_attention(
@@ -61,8 +77,8 @@ def packed_attention(
         scaling: of the scores; None is 1 / sqrt(E).
         dropout: must be 0.
         sliding_window: a token sees itself and the ``sliding_window - 1`` before it.
-        softcap: scores become ``softcap * tanh(scores / softcap)`` (Gemma 2).
-        s_aux: [H] scores of a sink that takes its share of the softmax and adds nothing (gpt-oss).
+        softcap: as in :class:`Scoring`.
+        s_aux: as in :class:`Scoring`.
         packed_batch: the batch, as :func:`packed_forward` passes it.
         keep: of a batch, where each layer's keys and values are put.
         alone: one text instead of a batch (continuing.py).
@@ -84,12 +100,13 @@ def packed_attention(
     _refuse_what_is_not_honoured(module, dropout, kwargs)
     window = _agreed_window(name, attention_mask, sliding_window)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scoring = Scoring(scale, window, softcap, s_aux)
     if alone is not None:
         key, value = alone.extend(key, value)
-        out = attend(alone.bucket, query, key, value, scale, window, softcap, s_aux)
+        out = attend(alone.bucket, query, key, value, scoring)
         return out.transpose(1, 2), None
     if rows is not None:
-        return rows.attend(module, query, key, value, scale, window, softcap, s_aux), None
+        return rows.attend(module, query, key, value, scoring), None
     if keep is not None:
         keep[module] = key, value
     assert packed_batch is not None
@@ -99,7 +116,7 @@ def packed_attention(
         return varlen.varlen_attention(layout, q, k, v, scale, window)[None], None
     outputs, buckets = [], layout_of(packed_batch)
     for bucket, q, k, v in _gather(buckets, query, key, value):
-        out = attend(bucket, q, k, v, scale, window, softcap, s_aux)
+        out = attend(bucket, q, k, v, scoring)
         outputs.append(out.transpose(1, 2).flatten(0, 1))  # [n * l, H, Ev]
     return torch.cat(outputs).index_select(0, buckets.restore)[None], None
 
@@ -143,20 +160,11 @@ def _gather(
     yield from zip(layout.buckets, *gathered, strict=True)
 
 
-def attend(
-    bucket: Bucket,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    s_aux: Tensor | None,
-) -> Tensor:
+def attend(bucket: Bucket, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
     """What the queries [n, H, l, E] of a bucket take from its keys [n, Hk, m, E]: [n, H, l, Ev]."""
-    if softcap is None and s_aux is None:
-        return _sdpa(bucket, q, k, v, scale, window)
-    return _explicit(bucket, q, k, v, scale, window, softcap, s_aux)
+    if scoring.softcap is None and scoring.s_aux is None:
+        return _sdpa(bucket, q, k, v, scoring.scale, scoring.window)
+    return _explicit(bucket, q, k, v, scoring)
 
 
 def _sdpa(
@@ -180,17 +188,9 @@ def _sdpa(
     return out.reshape(*shape[:3], -1)
 
 
-def _explicit(
-    bucket: Bucket,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    s_aux: Tensor | None,
-) -> Tensor:
+def _explicit(bucket: Bucket, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
     """The same with the scores written out, [n, H, l, m], for soft-capping and sinks."""
+    scale, window, softcap, s_aux = scoring
     n, num_queries, num_keys = bucket.shape
     heads, key_heads = q.shape[1], k.shape[1]
     q = q.unflatten(1, (key_heads, -1))  # [n, Hk, H / Hk, l, E]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from airl_fast.attention import attend, check_rope, enabled, last_hidden, unmasked
+from airl_fast.attention import Scoring, attend, check_rope, enabled, last_hidden, unmasked
 from airl_fast.layout import Bucket
 from airl_fast.ops import _row_attention
 from airl_fast.packing import Trace, pack
@@ -120,27 +120,19 @@ class Rows:
         return last_hidden(trunk, output)
 
     def attend(
-        self,
-        layer: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        s_aux: Tensor | None,
+        self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring
     ) -> Tensor:
         """What the new tokens take from all that their rows hold, [1, R, H, Ev], in one layer.
 
         Arguments as of :func:`airl_fast.attention.packed_attention`; a token for every row.
         """
         if layer not in self._held:
-            shared = softcap is None and s_aux is None and _row_attention.serves(query, key, value)
-            kind = _Shared if shared else _Copied
+            plain = scoring.softcap is None and scoring.s_aux is None
+            kind = _Shared if plain and _row_attention.serves(query, key, value) else _Copied
             self._held[layer] = kind(*self._read.pop(layer), self._prompts)
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [R, heads, E]
         held = self._held[layer]
-        return held.attend(self._place, q, k, v, scale, window, softcap, s_aux)[None]
+        return held.attend(self._place, q, k, v, scoring)[None]
 
     def only(self, rows: Tensor) -> None:
         """Go on with those rows alone, by their numbers, int64."""
@@ -163,22 +155,14 @@ class _Shared:
             own_values=value.new_empty(rows, heads, 0, size),
         )
 
-    def attend(
-        self,
-        place: Place,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float,
-        window: int | None,
-        *_: object,
-    ) -> Tensor:
+    def attend(self, place: Place, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
         held = self._held
         if held.own_keys.shape[3] < place.own:
             own_keys, own_values = pad(held.own_keys, (0, _ROOM)), held.own_values
             own_values = pad(own_values, (0, 0, 0, _ROOM))
             held = self._held = replace(held, own_keys=own_keys, own_values=own_values)
-        return _row_attention.attend(held, place.own, q, k, v, scale, window or 1 << 62)
+        window = scoring.window or 1 << 62
+        return _row_attention.attend(held, place.own, q, k, v, scoring.scale, window)
 
     def only(self, rows: Tensor) -> None:
         held = self._held
@@ -200,17 +184,7 @@ class _Copied:
         # what lies beyond a shorter prompt is written over before it is seen
         self._keys, self._values = (x[0].transpose(0, 1)[index] for x in (key, value))
 
-    def attend(
-        self,
-        place: Place,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        s_aux: Tensor | None,
-    ) -> Tensor:
+    def attend(self, place: Place, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
         longest = place.bucket.shape[2]
         if self._keys.shape[1] < longest:  # zeros: a score of what is no number cannot be hidden
             more = (0, 0, 0, 0, 0, _ROOM)
@@ -218,8 +192,7 @@ class _Copied:
         row = torch.arange(len(q), device=q.device)
         self._keys[row, place.position], self._values[row, place.position] = k, v
         keys, values = (x[:, :longest].transpose(1, 2) for x in (self._keys, self._values))
-        out = attend(place.bucket, q[:, :, None], keys, values, scale, window, softcap, s_aux)
-        return out[:, :, 0]
+        return attend(place.bucket, q[:, :, None], keys, values, scoring)[:, :, 0]
 
     def only(self, rows: Tensor) -> None:
         self._keys, self._values = self._keys[rows], self._values[rows]

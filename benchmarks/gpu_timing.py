@@ -44,6 +44,7 @@ def plans(device: str, quick: bool) -> list[Plan]:
     half = {"dtype": torch.bfloat16, "device": device}
     whole = {"shape": TINY if quick else QWEN, **half}
     whole |= {"prompts": 2, "group": 4} if quick else {"prompts": 8, "group": 8}
+    tokens = 8 if quick else 128  # of a sample
     heads: list[list[Plan]] = []
     for n, d, v in _QUICK if quick else SHAPES:
         sizes, at = {"n": n, "d": d, "v": v, **half}, f"{n}x{d}x{v}"
@@ -83,6 +84,7 @@ def plans(device: str, quick: bool) -> list[Plan]:
         ("step", partial(_case, "step.step_case", None, **whole)),
         *layers,
         ("packing", partial(_case, "packing.packing_case", None, **whole)),
+        ("sampling", partial(_case, "sampling.sampling_case", None, **whole, tokens=tokens)),
         *(plan for shape in heads[1:] for plan in shape),
         *segments,
     ]

@@ -1,4 +1,4 @@
-"""Sampling with log-probabilities: the part of a step that is not the library's own arithmetic.
+"""Sampling with log-probabilities, the first part of a step.
 
 ``airl_fast.rollout.sample`` beside transformers' ``generate`` with its logits kept and gathered
 from, on the prompts of step.py. The models know no end of text, so that every completion is as
@@ -41,10 +41,17 @@ class SamplingInputs:
 
 
 def sampling_inputs(
-    prompts: int, group: int, tokens: int, shape: ModelShape, seed: int
+    prompts: int,
+    group: int,
+    tokens: int,
+    shape: ModelShape,
+    seed: int,
+    *,
+    dtype: torch.dtype,
+    device: str,
 ) -> SamplingInputs:
     """The prompts of a step, and a model that never ends a text."""
-    model = random_model(shape, seed)
+    model = random_model(shape, seed).to(device, dtype)
     model.generation_config.eos_token_id = None
     words = {f"<{i}>": i for i in range(shape.vocab)}
     tokenizer = PreTrainedTokenizerFast(
@@ -56,22 +63,34 @@ def sampling_inputs(
     return SamplingInputs(policy, ids, group, tokens, seed)
 
 
-def sampling_case(prompts: int, group: int, tokens: int, shape: ModelShape, seed: int) -> Case:
-    """``group`` completions of each of ``prompts`` prompts, ``tokens`` tokens each, in float32."""
+def sampling_case(
+    prompts: int,
+    group: int,
+    tokens: int,
+    shape: ModelShape,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> Case:
+    """``group`` completions of each of ``prompts`` prompts, ``tokens`` tokens each."""
+    inputs = partial(sampling_inputs, dtype=dtype, device=device)
+    peer = partial(Variant, "transformers generate", _generate)
+    # of log-probabilities, absolute: those of half precision are of rounded logits
+    tolerance = None if dtype == torch.float32 else 0.2
     return Case(
         operator=OPERATOR,
         shape={
             "prompts": prompts, "G": group, "tokens": tokens, "V": shape.vocab, "D": shape.hidden,
         },
-        dtype=torch.float32,
-        inputs=partial(sampling_inputs, prompts, group, tokens, shape, seed),
-        small=partial(sampling_inputs, 2, 2, 5, TINY, seed),
+        dtype=dtype,
+        inputs=partial(inputs, prompts, group, tokens, shape, seed),
+        small=partial(inputs, 2, 2, 5, TINY, seed),
         oracle=_wanted,
         expected=lambda inputs: {k: Sampled(v) for k, v in _wanted(inputs).items()},
         yardstick=("product", _product),
         variants=[
-            Variant("airl_fast", _ours, "default"),
-            Variant("transformers generate", _generate, note="log_softmax of the kept logits"),
+            Variant("airl_fast", _ours, "default", tolerance=tolerance),
+            peer(note="log_softmax of the kept logits", tolerance=tolerance),
         ],
         rounds=_ROUNDS,
         memory=False,
@@ -115,8 +134,9 @@ def _ours(inputs: SamplingInputs) -> Prepared:
 def _generate(inputs: SamplingInputs) -> Prepared:
     model: LlamaForCausalLM = inputs.policy.model
     wide = max(map(len, inputs.prompts))
-    ids = torch.tensor([[0] * (wide - len(p)) + list(p) for p in inputs.prompts])
-    mask = torch.tensor([[0] * (wide - len(p)) + [1] * len(p) for p in inputs.prompts])
+    device = inputs.policy.device
+    ids = torch.tensor([[0] * (wide - len(p)) + list(p) for p in inputs.prompts], device=device)
+    mask = torch.tensor([[0] * (wide - len(p)) + [1] * len(p) for p in inputs.prompts]).to(device)
 
     def call() -> tuple[Tensor, Tensor]:
         with torch.random.fork_rng(devices=[]), torch.no_grad(), standard_attention(model):
@@ -135,7 +155,7 @@ def _generate(inputs: SamplingInputs) -> Prepared:
             )
             drawn = output.sequences[:, wide:]
             steps = [
-                logits.log_softmax(-1).gather(1, drawn[:, i, None])
+                logits.float().log_softmax(-1).gather(1, drawn[:, i, None])
                 for i, logits in enumerate(output.logits)
             ]
             return drawn, torch.cat(steps, 1)
@@ -160,7 +180,8 @@ def _read(
                 completion=ids,
                 span_lengths=(1,) * len(ids),
             )
-            differences.append(logp[i] - log_probs(model, alone(trace))[0])
+            wanted = log_probs(model, alone(trace, model.device))[0]
+            differences.append(logp[i].to(wanted) - wanted)
     return {
         "lengths": torch.tensor([float(len(ids)) for ids in completions]),
         "logp less that of the tokens": torch.cat(differences),

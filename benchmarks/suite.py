@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import environment, heads, memory, packing, sampling, segments, step
 from benchmarks.harness import Case, Row, Timing
-from benchmarks.language import TINY, ModelShape
+from benchmarks.language import STEP_PROMPTS, TINY, ModelShape
 from benchmarks.runner import run_case
 
 OPERATORS = (
@@ -152,7 +152,8 @@ def _end_to_end_cases(settings: Settings) -> Iterator[Case]:
         yield step.step_case(*_STEP, model, settings.seed)
     if settings.wants(sampling.OPERATOR):
         tokens = 8 if settings.quick else 128  # the recipe's max_new_tokens
-        yield sampling.sampling_case(*_STEP, tokens, model, settings.seed)
+        for prompts in (1, STEP_PROMPTS):
+            yield sampling.sampling_case(prompts, _STEP[1], tokens, model, settings.seed)
 
 
 def run(settings: Settings) -> Results:

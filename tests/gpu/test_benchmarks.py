@@ -7,7 +7,7 @@ from benchmarks.harness import Timing
 from benchmarks.runner import run_case
 
 
-@pytest.mark.parametrize("name", ["step", "packing"])
+@pytest.mark.parametrize("name", ["step", "packing", "sampling"])
 def test_a_case_is_right_before_it_is_timed(name, monkeypatch):
     monkeypatch.setenv("AIRL_FAST_BACKEND", "reference")
     build = dict(gpu_timing.plans("cuda", quick=True))[name]
