@@ -128,7 +128,7 @@ def sample(
             for position, index in enumerate(indices):
                 groups[index] = rollouts[position * group_size : (position + 1) * group_size]
 
-    with policy.whole():
+    with policy.whole(), policy.active():
         policy.inside(run)
     for part in policy.world.gather(groups):
         groups |= part

@@ -7,6 +7,20 @@ import json
 import statistics
 import sys
 from pathlib import Path
+from typing import Any
+
+from airl_fast.evaluation.numbers import paired_bootstrap_of_runs
+
+_OTHERS = (  # what AIRL is compared with, in which column
+    ("the best SFT, each at its best temperature", "SFT", "best"),
+    ("the same reward frozen, T = 1", "AIRL, f frozen", "sampled"),
+    ("GRPO with the true outcome, each at its best temperature", "GRPO, true outcome", "best"),
+    ("the SFT's log pi as the reward, each at its best temperature",
+     "SFT, then its log pi as the reward", "best"),
+)  # fmt: skip
+
+
+_PARTS = (range(3), range(3, 1000))  # settings were chosen on the first
 
 
 def cell(values: list[float]) -> str:
@@ -15,6 +29,12 @@ def cell(values: list[float]) -> str:
 
 def mean(values: list[float]) -> float:
     return sum(values) / len(values)
+
+
+def difference(runs: list[dict[str, Any]], other: str, key: str) -> str:
+    ours, theirs = ([run["methods"][name][key] for run in runs] for name in ("AIRL", other))
+    found = paired_bootstrap_of_runs(ours, theirs, seed=0)
+    return f"{100 * found.difference:+.1f} [{100 * found.low:.1f}, {100 * found.high:.1f}]"
 
 
 def main(folders: list[str]) -> None:
@@ -35,7 +55,15 @@ def main(folders: list[str]) -> None:
     print(f"| chance | {mean([uses['chance'] for uses in used]):.3f} |")
     for way in used[0]["locate"]:
         print(f"| {way} | {cell([mean(uses['locate'][way]) for uses in used])} |")
-    print("\nSeeds:", ", ".join(str(run["settings"]["seed"]) for run in runs))
+    seeds = [run["settings"]["seed"] for run in runs]
+    groups = [[r for r, s in zip(runs, seeds, strict=True) if s in part] for part in _PARTS]
+    print("\n| AIRL less | seeds 0 to 2 | seeds 3 on | all |\n| --- | --- | --- | --- |")
+    for label, other, key in _OTHERS:
+        cells = [difference(group, other, key) for group in (*groups, runs) if group]
+        print(f"| {label} | {' | '.join(cells)} |")
+    alone = [difference([run], "SFT", "best").split()[0] for run in runs]
+    print("\nAIRL less the best SFT by seed:", ", ".join(alone))
+    print("Seeds:", ", ".join(map(str, seeds)))
     print("Seconds:", ", ".join(f"{run['seconds']:.0f}" for run in runs))
 
 
