@@ -48,6 +48,13 @@ class Scoring(NamedTuple):
     s_aux: Tensor | None
 
 
+class Kept:
+    """Keys [1, Hk, T, E] and values of a packed pass, in the order of the calls of attention."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Tensor, Tensor]] = []
+
+
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -61,7 +68,7 @@ def packed_attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     packed_batch: PackedBatch | None = None,
-    keep: "dict[nn.Module, tuple[Tensor, Tensor]] | None" = None,
+    keep: Kept | None = None,
     alone: "Pass | None" = None,
     rows: "Rows | None" = None,
     **kwargs: Any,
@@ -80,7 +87,7 @@ def packed_attention(
         softcap: as in :class:`Scoring`.
         s_aux: as in :class:`Scoring`.
         packed_batch: the batch, as :func:`packed_forward` passes it.
-        keep: of a batch, where each layer's keys and values are put.
+        keep: of a batch, where keys and values are put.
         alone: one text instead of a batch (continuing.py).
         rows: a token of each of these instead of a batch (decoding.py).
         kwargs: whatever else the model passes on; what would change the scores is refused.
@@ -106,9 +113,9 @@ def packed_attention(
         out = attend(alone.bucket, query, key, value, scoring)
         return out.transpose(1, 2), None
     if rows is not None:
-        return rows.attend(module, query, key, value, scoring), None
+        return rows.attend(query, key, value, scoring), None
     if keep is not None:
-        keep[module] = key, value
+        keep.calls.append((key, value))
     assert packed_batch is not None
     if varlen.serves(query, value, softcap, s_aux) is None:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
@@ -302,7 +309,7 @@ def packed_forward(
     batch: PackedBatch,
     *,
     inputs_embeds: Tensor | None = None,
-    keep: dict[nn.Module, tuple[Tensor, Tensor]] | None = None,
+    keep: Kept | None = None,
 ) -> Tensor:
     """Run a decoder's trunk on a packed batch.
 
@@ -310,7 +317,7 @@ def packed_forward(
         trunk: the model below the head (``LlamaModel``), after :func:`enable_packed_attention`.
         batch: on the trunk's device.
         inputs_embeds: [T, D], instead of the embeddings of ``batch.input_ids``.
-        keep: takes the keys [1, Hk, T, E] and values of every attention layer, by module.
+        keep: takes the keys and values of every attention layer.
 
     Returns:
         The last hidden states, after the final norm, [T, D]: those of each sequence run alone.
@@ -377,19 +384,27 @@ def last_hidden(trunk: nn.Module, output: Any) -> Tensor:
     return output.last_hidden_state[0]
 
 
-def check_rope(config: Any, longest: int) -> None:
-    """Refuse lengths at which the rotation depends on the longest sequence of the batch."""
+def rope_limit(config: Any) -> float:
+    """Tokens beyond which the rotation depends on the longest sequence of a batch."""
     parameters = getattr(config, "rope_parameters", None) or {}
     per_layer = [p for p in parameters.values() if isinstance(p, dict)]
-    for rope in per_layer or [parameters]:
-        if rope.get("rope_type") in ("dynamic", "longrope"):
-            limit = rope.get("original_max_position_embeddings") or config.max_position_embeddings
-            if longest > limit:
-                raise ValueError(
-                    f"a sequence has {longest} tokens, and beyond {limit} the model's "
-                    f"{rope['rope_type']!r} rotary embedding would change with the other sequences "
-                    "of the batch: keep sequences within that, or use another model"
-                )
+    limits = [
+        rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        for rope in per_layer or [parameters]
+        if rope.get("rope_type") in ("dynamic", "longrope")
+    ]
+    return min(limits, default=float("inf"))
+
+
+def check_rope(config: Any, longest: int) -> None:
+    """Refuse lengths at which the rotation depends on the longest sequence of the batch."""
+    limit = rope_limit(config)
+    if longest > limit:
+        raise ValueError(
+            f"a sequence has {longest} tokens, and beyond {limit} the model's rotary embedding "
+            "(dynamic or longrope) would change with the other sequences of the batch: keep "
+            "sequences within that, or use another model"
+        )
 
 
 def _transformers_model(model: nn.Module) -> PreTrainedModel:

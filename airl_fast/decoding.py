@@ -3,8 +3,9 @@
     P prompts   T tokens of them   R rows   D hidden size   H query heads   Hk key heads
     E head size   m keys of the longest row   M keys, or own tokens, that a row has room for
 
-Prompts are read packed, each once, however many rows go on from it. On a CPU, in float32, rows
-share the keys and values of their prompt; everywhere else each has a copy, its own behind it.
+Prompts are read packed, each once, however many rows go on from it. Where csrc/row_attention.h
+serves (float32 on a CPU, no soft-capping, no sinks) rows share their prompt's keys and values;
+elsewhere each has a copy, its own behind it.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 
-from airl_fast.attention import Scoring, attend, check_rope, enabled, last_hidden, unmasked
+from airl_fast.attention import Kept, Scoring, attend, last_hidden, unmasked
 from airl_fast.layout import Bucket
 from airl_fast.ops import _row_attention
 from airl_fast.packing import Trace, pack
@@ -36,7 +37,7 @@ class Prompts:
     Attributes:
         starts: [R] int64, the first token of a row's prompt.
         counts: [R] int64, its tokens.
-        longest: tokens of the longest.
+        longest: tokens of the longest that there was.
     """
 
     starts: Tensor
@@ -54,7 +55,7 @@ class Place:
     Attributes:
         own: tokens that every row holds beyond its prompt, the next one included.
         position: [R] int64, of the token in its row.
-        bucket: which of its row's keys it sees; the longest row has ``bucket.shape[2]`` of them.
+        bucket: which of its row's keys it sees; no row has more than ``bucket.shape[2]``.
     """
 
     def __init__(self, prompts: Prompts, own: int) -> None:
@@ -88,27 +89,31 @@ class Rows:
         lengths, rows = torch.tensor([len(p) for p in prompts]), torch.tensor(of)
         last = batch.state_index
         self._model = model
-        self._read: dict[
-            nn.Module, tuple[Tensor, Tensor]
-        ] = {}  # by layers that no row went through
-        states = model.hidden(batch.to(model.device), keep=self._read)
+        kept = Kept()
+        states = model.hidden(batch.to(model.device), keep=kept)
         self.hidden = states[sent(last[rows], model.device)]
         self._prompts = Prompts(
             starts=sent((last - lengths + 1)[rows], model.device),
             counts=sent(lengths[rows], model.device),
             longest=int(lengths.max()),
         )
-        self._held: dict[nn.Module, _Shared | _Copied] = {}
+        self._read = kept.calls  # by calls of attention in their order, as what is held
+        self._held: list[_Shared | _Copied] = []
         self._place = Place(self._prompts, 0)
 
     def go_on(self, tokens: Tensor) -> None:
-        """Put a token [R] int64 after every row; ``hidden`` is then that of it."""
-        self._place = Place(self._prompts, self._place.own + 1)
+        """Put a token [R] int64 after every row; ``hidden`` is then that of it.
+
+        Raises:
+            ValueError: attention is not called as often as it was for the prompts.
+        """
+        self._place, self._calls = Place(self._prompts, self._place.own + 1), 0
         self.hidden = self._model.inside(self._passed, tokens)
+        if self._read or self._calls != len(self._held):
+            raise self._unlike()
 
     def _passed(self, tokens: Tensor) -> Tensor:
         trunk = self._model.causal_lm.base_model
-        check_rope(enabled(trunk), self._place.bucket.shape[2])
         with self._model.active():
             output = trunk(
                 input_ids=tokens[None],
@@ -119,26 +124,35 @@ class Rows:
             )
         return last_hidden(trunk, output)
 
-    def attend(
-        self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring
-    ) -> Tensor:
-        """What the new tokens take from all that their rows hold, [1, R, H, Ev], in one layer.
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+        """What the new tokens take from all that their rows hold, [1, R, H, Ev].
 
-        Arguments as of :func:`airl_fast.attention.packed_attention`; a token for every row.
+        Arguments as of :func:`airl_fast.attention.packed_attention`; a token for every row. Calls
+        belong together by their order in a pass.
         """
-        if layer not in self._held:
+        if self._calls == len(self._held):
+            if not self._read:
+                raise self._unlike()
             plain = scoring.softcap is None and scoring.s_aux is None
             kind = _Shared if plain and _row_attention.serves(query, key, value) else _Copied
-            self._held[layer] = kind(*self._read.pop(layer), self._prompts)
+            self._held.append(kind(*self._read.pop(0), self._prompts))
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [R, heads, E]
-        held = self._held[layer]
+        held = self._held[self._calls]
+        self._calls += 1
         return held.attend(self._place, q, k, v, scoring)[None]
 
     def only(self, rows: Tensor) -> None:
         """Go on with those rows alone, by their numbers, int64."""
         self.hidden, self._prompts = self.hidden[rows], self._prompts.only(rows)
-        for held in self._held.values():
+        for held in self._held:
             held.only(rows)
+
+    def _unlike(self) -> ValueError:
+        name = type(self._model.causal_lm).__name__
+        return ValueError(
+            f"{name} does not attend as often in a pass of tokens as in one of prompts, so that "
+            "their keys cannot be told apart: expected passes that are alike; use another model"
+        )
 
 
 class _Shared:

@@ -60,9 +60,15 @@ def _layer(layer: Any, trust: _Trust, hidden_states: Tensor, *args: Any, **kwarg
     if args or trust.found is False or not _serves(layer, hidden_states, kwargs):
         return own()
     if trust.found is None:
+        if kwargs.get("rows") is not None:  # which take a token once
+            return own()
         with torch.no_grad():
-            expected = own()
-            trust.found = _alike(_run(layer, hidden_states[0], kwargs)[None], expected)
+            # what goes by is kept once, by the pass that counts
+            found, expected = (
+                _run(layer, hidden_states[0], {**kwargs, "keep": None}),
+                own(keep=None),
+            )
+            trust.found = _alike(found[None], expected)
         if not trust.found:
             _log.info("%s runs as transformers has it, not fused", type(layer).__name__)
             return own()

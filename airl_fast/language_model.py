@@ -11,7 +11,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from airl_fast.attention import enable_packed_attention, packed_forward, standard_attention
+from airl_fast.attention import (
+    Kept,
+    enable_packed_attention,
+    packed_forward,
+    rope_limit,
+    standard_attention,
+)
 from airl_fast.continuing import Continuation, continued_forward
 from airl_fast.distributed import Shards, World, gathered
 from airl_fast.fused import fuse
@@ -121,9 +127,10 @@ class LanguageModel(nn.Module):
 
     @property
     def context(self) -> float:
-        """Tokens that the model takes; infinite where its configuration does not say."""
-        limit = getattr(self.causal_lm.config.get_text_config(), "max_position_embeddings", None)
-        return float("inf") if limit is None else limit
+        """Tokens that the model takes in packed batches; infinite where nothing limits them."""
+        config = self.causal_lm.config.get_text_config()
+        limit = getattr(config, "max_position_embeddings", None)
+        return min(float("inf") if limit is None else limit, rope_limit(config))
 
     @property
     def head(self) -> Head:
@@ -139,18 +146,14 @@ class LanguageModel(nn.Module):
             logit_scale=scale if scale is not None else 1.0 / divisor if divisor else 1.0,
         )
 
-    def hidden(
-        self, batch: PackedBatch, keep: dict[nn.Module, tuple[Tensor, Tensor]] | None = None
-    ) -> Tensor:
+    def hidden(self, batch: PackedBatch, keep: Kept | None = None) -> Tensor:
         """Last hidden states of a packed batch, [T, D] in the model's dtype.
 
-        ``keep`` takes the keys [1, Hk, T, E] and values of every attention layer.
+        ``keep`` takes the keys and values of every attention layer.
         """
         return self.inside(self._hidden, batch, keep)
 
-    def _hidden(
-        self, batch: PackedBatch, keep: dict[nn.Module, tuple[Tensor, Tensor]] | None
-    ) -> Tensor:
+    def _hidden(self, batch: PackedBatch, keep: Kept | None) -> Tensor:
         with self.active():
             return packed_forward(self.causal_lm.base_model, batch, keep=keep)
 

@@ -257,7 +257,7 @@ def _generate(
     drawer = _Drawer(seeds, max_new_tokens, temperature, device)
     ends = _Ends(policy.tokenizer, stop, _ends_of_text(policy), count)
     tokens = torch.zeros(count, max_new_tokens, dtype=torch.int64, device=device)
-    logp = torch.zeros(count, max_new_tokens, device=device)
+    logp = torch.zeros(count, max_new_tokens, dtype=torch.float32, device=device)
     rows, alive = Rows(policy, prompts, of), torch.arange(count, device=device)
     every, read = _UNREAD.get(device.type, 16), 0
     for place in range(max_new_tokens):

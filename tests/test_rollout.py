@@ -315,3 +315,91 @@ def test_every_end_of_text_token_of_the_model_ends_a_completion():
 def test_what_cannot_be_sampled_is_refused(policy, options, message):
     with pytest.raises(ValueError, match=message):
         draw(policy, **options)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_changes_nothing(policy, default):
+    expected = draw(policy)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        assert draw(policy) == expected
+        packed = packed_logp(policy, expected)
+    finally:
+        torch.set_default_dtype(before)
+    for rollout, logp in zip(expected, packed, strict=True):
+        assert logp.dtype == torch.float32
+        torch.testing.assert_close(torch.tensor(rollout.logp), logp, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["diffllama", "shared layer", "shared attention"])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_attention_that_a_pass_calls_more_than_once(name, backend):
+    model = tiny_model(name if name == "diffllama" else "llama").eval()
+    layers = model.model.layers
+    if name == "shared layer":
+        layers[1] = layers[0]
+    if name == "shared attention":
+        layers[1].self_attn = layers[0].self_attn
+    policy = LanguageModel(model, tiny_tokenizer(), Origin(model="tiny"))
+    with airl_fast.backend(backend):
+        rollouts = draw(policy)
+    for rollout, logp in zip(rollouts, packed_logp(policy, rollouts), strict=True):
+        torch.testing.assert_close(torch.tensor(rollout.logp), logp, atol=2e-4, rtol=1e-4)
+
+
+def test_a_model_whose_passes_differ_is_refused():
+    policy = make_policy()
+    layers, calls = policy.model.model.layers, []
+
+    def once_more(module, args, kwargs, output):
+        calls.append(module)
+        return type(layers[0]).forward(layers[0], output, **kwargs) if len(calls) > 1 else output
+
+    layers[1].register_forward_hook(once_more, with_kwargs=True)
+    with pytest.raises(ValueError, match="does not attend as often"):
+        draw(policy)
+
+
+def test_keys_are_kept_whatever_rebuilds_the_arguments_of_a_layer(policy):
+    from torch.utils._pytree import tree_map
+
+    expected = draw(policy)
+
+    def rebuilt(module, args, kwargs):
+        return args, tree_map(lambda x: x, kwargs)
+
+    hooks = [
+        layer.register_forward_pre_hook(rebuilt, with_kwargs=True)
+        for layer in policy.model.model.layers
+    ]
+    found = draw(policy)
+    for hook in hooks:
+        hook.remove()
+    assert found == expected
+
+
+def test_a_rotation_that_depends_on_the_longest_text_is_refused_beforehand():
+    rope = {
+        "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4,
+        "long_factor": [2.0] * 4, "original_max_position_embeddings": 20, "factor": 2.0,
+    }  # fmt: skip
+    policy = make_policy(rope_parameters=rope)
+    assert policy.context == 20
+    assert len(draw(policy, max_new_tokens=14)) == 12
+    with pytest.raises(ValueError, match="prompt 2 has 6 tokens: with max_new_tokens=15"):
+        draw(policy, max_new_tokens=15)
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_few_tokens(policy, tokens):
+    rollouts = draw(policy, max_new_tokens=tokens, group_size=1)
+    assert [r.prompt for r in rollouts] == PROMPTS
+    assert all(1 <= len(r.completion) <= tokens for r in rollouts)
+    with torch.no_grad():
+        policy_that_ends = make_policy(scale=0.0)
+        bias = torch.nn.Parameter(torch.zeros(61))
+        bias[2] = 1e4
+        policy_that_ends.causal_lm.get_output_embeddings().bias = bias
+    rollouts = draw(policy_that_ends, max_new_tokens=9)
+    assert {(r.completion, r.finish, r.logp) for r in rollouts} == {((2,), "end", (0.0,))}

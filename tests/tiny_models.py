@@ -6,6 +6,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    DiffLlamaConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
@@ -58,6 +59,7 @@ _CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     ),
 }
 TINY_MODELS = tuple(_CONFIGS)
+_CONFIGS["diffllama"] = lambda: DiffLlamaConfig(**SIZES)  # attends twice a layer
 
 
 def tiny_config(name: str, **overrides: object) -> PreTrainedConfig:

@@ -15,10 +15,10 @@ at hand. No logits are kept, and the weight is read once for up to 4,096 rows.
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from airl_fast.ops._cpu_head import CPUHead, Rows, chunks, empty, tile_shape
+from airl_fast.ops._cpu_products import floats
 from airl_fast.ops._head import LinearHead
 
 
@@ -42,7 +42,7 @@ def frozen_sweep(
         ``logp [K]``, ``entropy [K]`` and ``d hidden [N, D]``, float32.
     """
     count, (vocab, width) = len(rows.kept), head.weight.shape
-    logp, entropy, tangent = (torch.empty(count) for _ in range(3))
+    logp, entropy, tangent = (floats(count) for _ in range(3))
     sums = empty(count, width)
     limit, columns = tile_shape(count, vocab, width)
     buffer = empty(limit * columns)

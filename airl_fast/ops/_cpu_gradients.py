@@ -28,7 +28,7 @@ from airl_fast.ops._cpu_head import (
     tile_columns,
     tile_floats,
 )
-from airl_fast.ops._cpu_products import multiply
+from airl_fast.ops._cpu_products import floats, multiply
 from airl_fast.ops._head import LinearHead, kept_rows
 from airl_fast.ops._policy_terms import ActionLoss, Actions, pieces
 
@@ -106,15 +106,15 @@ class GradientSweep:
         self.home, self.limit = plan(count, home, limit, whole)
         most = min(count, max(self.home, self.limit))
         self._head = CPUHead(head, rows=most)
-        self.hidden = empty(len(rows.hidden), width) if needs[0] else torch.empty(0)
-        self.weight = empty(vocab, width) if needs[1] else torch.empty(0)
-        self.bias = torch.zeros(vocab if needs[2] else 0)
+        self.hidden = empty(len(rows.hidden), width) if needs[0] else floats(0)
+        self.weight = empty(vocab, width) if needs[1] else floats(0)
+        self.bias = torch.zeros(vocab if needs[2] else 0, dtype=torch.float32)
         if not rows.everything:
             self.hidden.zero_()
         if count == 0:
             self.weight.zero_()
-        self._buffer = torch.empty(0)
-        self._x = torch.empty(0)
+        self._buffer = floats(0)
+        self._x = floats(0)
 
     def read(self, chunk: slice, logp: Tensor, entropy: Tensor | None) -> None:
         """Fill ``logp [R]`` and ``entropy [R]`` of a chunk, whose logits are kept."""
@@ -191,10 +191,10 @@ def logprob_backward(
         d_logp = d_logp[kept].float()
         if d_entropy is None and needs == _HIDDEN:
             *_, d_hidden = frozen_sweep(rows, targets[kept], head, lambda _: d_logp)
-            return d_hidden, torch.empty(0), torch.empty(0)
+            return d_hidden, floats(0), floats(0)
     sweep = GradientSweep(rows, targets[kept], head, needs)
-    logp = torch.empty(len(kept))
-    read_entropy = None if d_entropy is None else torch.empty(len(kept))
+    logp = floats(len(kept))
+    read_entropy = None if d_entropy is None else floats(len(kept))
     for chunk in chunks(len(kept), sweep.limit, first=sweep.home):
         sweep.read(chunk, logp[chunk], None if read_entropy is None else read_entropy[chunk])
         sweep.differentiate(
@@ -214,15 +214,15 @@ def policy_loss_sweep(
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
     """Logp ``[K]``, entropy ``[K]`` and gradients of `linear_policy_loss`, in one sweep."""
     rows = Rows(hidden, actions.rows)
-    logp, entropy = torch.empty(len(actions.rows)), torch.empty(len(actions.rows))
+    logp, entropy = floats(len(actions.rows)), floats(len(actions.rows))
     if not any(needs):
         read_all(rows, actions.targets, head, logp, entropy)
-        return logp, entropy, (torch.empty(0), torch.empty(0), torch.empty(0))
+        return logp, entropy, (floats(0), floats(0), floats(0))
     if needs == _HIDDEN and not loss.entropy_coef:
         logp, entropy, d_hidden = frozen_sweep(
             rows, actions.targets, head, lambda logp: loss.terms(logp, actions).d_logp
         )
-        return logp, entropy, (d_hidden, torch.empty(0), torch.empty(0))
+        return logp, entropy, (d_hidden, floats(0), floats(0))
     sweep = GradientSweep(rows, actions.targets, head, needs, whole=loss.per_sequence)
     d_entropy = -loss.entropy_coef * actions.share if loss.entropy_coef else None
     for piece in pieces(actions, sweep.limit, loss.per_sequence, first=sweep.home):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from airl_fast import _C
 from airl_fast.ops import _cpu_products, _head
+from airl_fast.ops._cpu_products import floats
 from airl_fast.ops._head import LinearHead, kept_rows, slopes
 
 TILE_COLUMNS = 2048  # of a tile whose columns do not depend on the rows
@@ -89,7 +90,7 @@ def even_limit(count: int, limit: int) -> int:
 
 def empty(*shape: int) -> Tensor:
     """Uninitialised float32 on huge pages where it is large: a fault per 4 KiB costs more."""
-    tensor = torch.empty(shape)
+    tensor = floats(shape)
     if tensor.nbytes >= _HUGE_PAGES:
         _C.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
     return tensor
@@ -265,12 +266,12 @@ def logprob_forward(
 ) -> tuple[Tensor, Tensor]:
     """`linear_logprob`: one matrix product and one read of its result."""
     kept = kept_rows(targets, ignore_index)
-    logp = torch.empty(len(kept))
-    entropy = torch.empty(len(kept)) if return_entropy else None
+    logp = floats(len(kept))
+    entropy = floats(len(kept)) if return_entropy else None
     read_all(Rows(hidden, kept), targets[kept], head, logp, entropy)
     return (
         _spread(logp, kept, len(hidden)),
-        torch.empty(0) if entropy is None else _spread(entropy, kept, len(hidden)),
+        floats(0) if entropy is None else _spread(entropy, kept, len(hidden)),
     )
 
 
@@ -282,4 +283,8 @@ def chunks(count: int, limit: int, first: int = 0) -> Iterator[slice]:
 
 def _spread(values: Tensor, kept: Tensor, count: int) -> Tensor:
     """Values ``[K]`` at the kept rows of ``[N]``, 0 elsewhere."""
-    return values if len(kept) == count else torch.zeros(count).index_copy_(0, kept, values)
+    return (
+        values
+        if len(kept) == count
+        else torch.zeros(count, dtype=torch.float32).index_copy_(0, kept, values)
+    )

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from torch import Tensor
 
 from airl_fast import _C
 from airl_fast.ops.dispatch import forced, implements
+
+floats = partial(torch.empty, dtype=torch.float32)  # whatever the default dtype is
 
 _PARTS = {"highest": 3, "high": 2, "medium": 1}
 _ELEMENTS = {torch.float32: 0, torch.bfloat16: 1}
@@ -173,7 +176,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         result: Tensor = _Product.apply(rows, weight.t())
         result = result if bias is None else result + bias
     else:
-        result = torch.empty(len(rows), len(weight))
+        result = floats(len(rows), len(weight))
         _run(rows, [Factor(weight.t(), result, bias)])
     return result.view(*x.shape[:-1], len(weight))
 
@@ -203,7 +206,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
         ctx.save_for_backward(a, b)
-        out = torch.empty(a.shape[0], b.shape[1])
+        out = floats(a.shape[0], b.shape[1])
         multiply(a, b, out)
         return out
 
