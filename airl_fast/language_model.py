@@ -130,7 +130,7 @@ class LanguageModel(nn.Module):
         """Tokens that the model takes in packed batches; infinite where nothing limits them."""
         config = self.causal_lm.config.get_text_config()
         limit = getattr(config, "max_position_embeddings", None)
-        return min(float("inf") if limit is None else limit, rope_limit(config))
+        return min(float("inf") if limit is None else limit, rope_limit(config)[0])
 
     @property
     def head(self) -> Head:
