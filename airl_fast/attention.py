@@ -19,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from airl_fast import varlen
-from airl_fast.batch_checks import check_tokens
+from airl_fast.batch_checks import check_rope, check_tokens
 from airl_fast.layout import Bucket, PackedLayout, layout_of
 from airl_fast.packing import PackedBatch
 
@@ -382,29 +382,6 @@ def last_hidden(trunk: nn.Module, output: Any) -> Tensor:
             "model.get_decoder()"
         )
     return output.last_hidden_state[0]
-
-
-def rope_limit(config: Any) -> tuple[float, str]:
-    """Tokens beyond which the rotation depends on the longest of a batch, and which type does."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    per_layer = [p for p in parameters.values() if isinstance(p, dict)]
-    limits = [
-        (rope.get("original_max_position_embeddings") or config.max_position_embeddings, kind)
-        for rope in per_layer or [parameters]
-        if (kind := rope.get("rope_type")) in ("dynamic", "longrope")
-    ]
-    return min(limits, default=(float("inf"), ""))
-
-
-def check_rope(config: Any, longest: int) -> None:
-    """Refuse lengths at which the rotation depends on the longest sequence of the batch."""
-    limit, kind = rope_limit(config)
-    if longest > limit:
-        raise ValueError(
-            f"a sequence has {longest} tokens, and beyond {limit} the model's {kind!r} rotary "
-            "embedding would change with the other sequences of the batch: keep sequences within "
-            "that, or use another model"
-        )
 
 
 def _transformers_model(model: nn.Module) -> PreTrainedModel:

@@ -1,7 +1,7 @@
 """What must hold between the fields of a PackedBatch, and the wording of errors."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -136,3 +136,26 @@ def check_tokens(trunk: nn.Module, batch: "PackedBatch", embedded: bool) -> int:
             f"received {largest}: encode with the model's own tokenizer"
         )
     return last + 1
+
+
+def rope_limit(config: Any) -> tuple[float, str]:
+    """Tokens beyond which the rotation depends on the longest of a batch, and which type does."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    per_layer = [p for p in parameters.values() if isinstance(p, dict)]
+    limits = [
+        (rope.get("original_max_position_embeddings") or config.max_position_embeddings, kind)
+        for rope in per_layer or [parameters]
+        if (kind := rope.get("rope_type")) in ("dynamic", "longrope")
+    ]
+    return min(limits, default=(float("inf"), ""))
+
+
+def check_rope(config: Any, longest: int) -> None:
+    """Refuse lengths at which the rotation depends on the longest sequence of the batch."""
+    limit, kind = rope_limit(config)
+    if longest > limit:
+        raise ValueError(
+            f"a sequence has {longest} tokens, and beyond {limit} the model's {kind!r} rotary "
+            "embedding would change with the other sequences of the batch: keep sequences within "
+            "that, or use another model"
+        )

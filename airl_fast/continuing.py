@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from airl_fast.attention import check_rope, enabled, last_hidden, unmasked
+from airl_fast.attention import enabled, last_hidden, unmasked
+from airl_fast.batch_checks import check_rope
 from airl_fast.layout import Bucket
 
 

@@ -15,9 +15,9 @@ from airl_fast.attention import (
     Kept,
     enable_packed_attention,
     packed_forward,
-    rope_limit,
     standard_attention,
 )
+from airl_fast.batch_checks import rope_limit
 from airl_fast.continuing import Continuation, continued_forward
 from airl_fast.distributed import Shards, World, gathered
 from airl_fast.fused import fuse
@@ -49,6 +49,11 @@ class Head:
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of the head for ``linear_logprob`` and its relatives."""
         return {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
+
+    def transformed(self, products: Tensor) -> Tensor:
+        """The logits, from the products with the weight and their bias: scaled and soft-capped."""
+        z = products if self.logit_scale == 1.0 else products * self.logit_scale
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
     def transforms_like(self, other: "Head") -> bool:
         """Whether the other head differs in its weight alone."""
@@ -185,10 +190,7 @@ class LanguageModel(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The logits [R, V] float32 of a few states [R, D], whole: to draw from."""
-        head = self.head
-        z: Tensor = self.causal_lm.get_output_embeddings()(hidden).float()
-        z = z if head.logit_scale == 1.0 else z * head.logit_scale
-        return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
+        return self.head.transformed(self.causal_lm.get_output_embeddings()(hidden).float())
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -262,9 +264,7 @@ class LanguageModel(nn.Module):
             output = self.causal_lm(ids, use_cache=False, output_hidden_states=True)
         head = self.head
         logits = output.hidden_states[-1].float() @ head.weight.float().T
-        logits = head.logit_scale * (logits + (0 if head.bias is None else head.bias.float()))
-        if head.softcap is not None:
-            logits = head.softcap * torch.tanh(logits / head.softcap)
+        logits = head.transformed(logits + (0 if head.bias is None else head.bias.float()))
         error = (logits - output.logits.float()).abs().max().item()
         scale = output.logits.float().abs().max().item()
         tolerance = 1e-3 if linear.weight.dtype == torch.float32 else 5e-2
