@@ -161,6 +161,37 @@ def attend_rows(
     out: int,
     threads: int,
 ) -> None: ...
+
+# heads, key heads, head size, value size, window, scale
+_Attention = tuple[int, int, int, int, int, float]
+_Segments = tuple[int, int]  # address of int64 [P, 5], P
+_Heads = tuple[int, int, int]  # address, strides of tokens and heads in elements
+
+def attend_segments(
+    sizes: _Attention,
+    segments: _Segments,
+    queries: _Heads,
+    keys: _Heads,
+    values: _Heads,
+    out: int,
+    statistics: int,
+    threads: int,
+) -> None: ...
+def differentiate_segments(
+    sizes: _Attention,
+    segments: _Segments,
+    queries: _Heads,
+    keys: _Heads,
+    values: _Heads,
+    out: int,
+    statistics: int,
+    d_out: _Heads,
+    d_queries: int,
+    d_keys: int,
+    d_values: int,
+    tokens: int,
+    threads: int,
+) -> None: ...
 def rotate_heads(
     x: int,
     stride: int,

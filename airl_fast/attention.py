@@ -5,8 +5,9 @@
 
 A segment attends to itself, causally, and to all of the segment that it continues, so that every
 sequence gets exactly the result of being run alone. On a GPU that is one call of flash attention
-(varlen.py) where it can serve; everywhere else segments of like size share one
-scaled_dot_product_attention call (layout.py says which).
+(varlen.py) where it can serve, on a CPU one of a kernel of its own (ops/_packed_attention.py);
+everywhere else segments of like size share one scaled_dot_product_attention call (layout.py says
+which).
 """
 
 from collections.abc import Iterator
@@ -20,7 +21,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from airl_fast import varlen
 from airl_fast.batch_checks import check_rope, check_tokens
-from airl_fast.layout import Bucket, PackedLayout, layout_of
+from airl_fast.layout import Bucket, PackedLayout, layout_of, ranges_of
+from airl_fast.ops import _packed_attention
 from airl_fast.packing import PackedBatch
 
 if TYPE_CHECKING:
@@ -110,6 +112,8 @@ def packed_attention(
     scoring = Scoring(scale, window, softcap, s_aux)
     if alone is not None:
         key, value = alone.extend(key, value)
+        if _in_one_call(query, key, value, scoring):
+            return _in_ranges(alone.ranges, query, key, value, scoring), None
         out = attend(alone.bucket, query, key, value, scoring)
         return out.transpose(1, 2), None
     if rows is not None:
@@ -118,9 +122,11 @@ def packed_attention(
         keep.calls.append((key, value))
     assert packed_batch is not None
     if varlen.serves(query, value, softcap, s_aux) is None:
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
         layout = varlen.varlen_layout_of(packed_batch)
         return varlen.varlen_attention(layout, q, k, v, scale, window)[None], None
+    if _in_one_call(query, key, value, scoring):
+        return _in_ranges(ranges_of(packed_batch), query, key, value, scoring), None
     outputs, buckets = [], layout_of(packed_batch)
     for bucket, q, k, v in _gather(buckets, query, key, value):
         out = attend(bucket, q, k, v, scoring)
@@ -165,6 +171,19 @@ def _gather(
             ]
         )
     yield from zip(layout.buckets, *gathered, strict=True)
+
+
+def _in_one_call(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> bool:
+    plain = scoring.softcap is None and scoring.s_aux is None
+    return plain and _packed_attention.serves(query, key, value)
+
+
+def _in_ranges(
+    ranges: Tensor, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring
+) -> Tensor:
+    """Attention of all segments in one call of the CPU's kernel, [1, T, H, Ev]."""
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    return _packed_attention.attend(ranges, q, k, v, scoring.scale, scoring.window)[None]
 
 
 def attend(bucket: Bucket, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:

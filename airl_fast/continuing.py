@@ -35,6 +35,7 @@ class Pass:
 
     Attributes:
         bucket: which keys each of its tokens sees.
+        ranges: the same, as ops/_packed_attention has it.
         kept: what is kept of it, unless it continues another.
     """
 
@@ -48,6 +49,7 @@ class Pass:
             query_positions=torch.arange(shared, shared + length, device=device)[None],
             causal=not shared,
         )
+        self.ranges = torch.tensor([[0, length, 0, shared, shared]])
 
     def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Put the next layer's keys [1, Hk, length, E] and values after those that it continues."""

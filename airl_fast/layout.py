@@ -79,6 +79,22 @@ def segments_of(batch: PackedBatch) -> tuple[np.ndarray, np.ndarray]:
     return cu, prefix
 
 
+_ranges: "WeakKeyDictionary[PackedBatch, Tensor]" = WeakKeyDictionary()
+
+
+def ranges_of(batch: PackedBatch) -> Tensor:
+    """Which keys the segments of ``batch`` see, [P, 5] int64 on the CPU (ops/_packed_attention)."""
+    if batch not in _ranges:
+        cu, prefix = segments_of(batch)
+        lengths, first = np.diff(cu), cu[:-1]
+        shared = np.where(prefix >= 0, lengths[prefix], 0)
+        with torch.inference_mode(False):  # training may use it after scoring has
+            _ranges[batch] = torch.from_numpy(
+                np.stack([first, lengths, first[prefix], shared, first], 1)
+            )
+    return _ranges[batch]
+
+
 def attend_separately(batch: PackedBatch) -> None:
     """Give every segment of ``batch`` a call of its own, before its layout is first used.
 

@@ -9,12 +9,12 @@
 #include <tuple>
 #include <vector>
 
+#include "bindings_attention.h"
 #include "bindings_eager.h"
 #include "discriminator.h"
 #include "draw.h"
 #include "layer.h"
 #include "products.h"
-#include "row_attention.h"
 #include "rows.h"
 #include "segments.h"
 
@@ -326,25 +326,6 @@ PYBIND11_MODULE(_C, m) {
       py::arg("x"), py::arg("stride"), py::arg("tokens"), py::arg("heads"), py::arg("size"),
       py::arg("cos"), py::arg("sin"), py::arg("back"), py::arg("threads"), py::arg("out"));
   m.def(
-      "attend_rows",
-      [](std::int64_t rows, std::int64_t heads, std::int64_t key_heads, std::int64_t size,
-         std::int64_t tokens, std::int64_t room, std::int64_t own, std::int64_t window,
-         At prompt_keys, At prompt_values, At starts, At counts, At own_keys, At own_values,
-         At queries, At keys, At values, float scale, At out, int threads) {
-        py::gil_scoped_release unlocked;
-        airl_fast::attend_rows(
-            {rows, heads, key_heads, size, tokens, room, own, window},
-            {input(prompt_keys), input(prompt_values),
-             reinterpret_cast<const std::int64_t*>(starts),
-             reinterpret_cast<const std::int64_t*>(counts), output(own_keys), output(own_values)},
-            input(queries), input(keys), input(values), scale, output(out), threads);
-      },
-      py::arg("rows"), py::arg("heads"), py::arg("key_heads"), py::arg("size"), py::arg("tokens"),
-      py::arg("room"), py::arg("own"), py::arg("window"), py::arg("prompt_keys"),
-      py::arg("prompt_values"), py::arg("starts"), py::arg("counts"), py::arg("own_keys"),
-      py::arg("own_values"), py::arg("queries"), py::arg("keys"), py::arg("values"),
-      py::arg("scale"), py::arg("out"), py::arg("threads"));
-  m.def(
       "draw_rows",
       [](At logits, std::int64_t stride, std::int64_t rows, std::int64_t vocab, float scale, At u,
          At tokens, At logp, int threads) {
@@ -356,6 +337,7 @@ PYBIND11_MODULE(_C, m) {
       py::arg("logits"), py::arg("stride"), py::arg("rows"), py::arg("vocab"), py::arg("scale"),
       py::arg("u"), py::arg("tokens"), py::arg("logp"), py::arg("threads"));
 
+  airl_fast::bind_attention(m);
   airl_fast::bind_eager(m.ptr());
 
   m.def("vector_paths", &airl_fast::vector_paths);

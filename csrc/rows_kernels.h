@@ -16,6 +16,7 @@
 #include "layer_kernels.h"
 #include "row_attention_kernels.h"
 #include "rows.h"
+#include "varlen_attention_kernels.h"
 
 namespace airl_fast {
 
@@ -34,6 +35,7 @@ struct RowKernels {
   LayerKernels layer;
   AttendQuery attend_query;
   Draw draw;
+  VarlenKernels varlen;
 };
 
 const RowKernels& row_kernels();  // of the path that is chosen
@@ -309,7 +311,8 @@ const RowKernels& kernels_of() {
       weigh<V>,
       layer_kernels_of<V>(),
       attend_query<V>,
-      draw<V>};
+      draw<V>,
+      varlen_kernels_of<V>()};
   return kernels;
 }
 

@@ -73,11 +73,16 @@ def assert_gradients_close(actual, expected):
         )
 
 
+# The kernel; and torch's, with one padded bucket, and as many as lengths.
 @pytest.mark.parametrize("share", [True, False])
-@pytest.mark.parametrize("free_scores", [1 << 30, 0])  # one padded bucket, and as many as lengths
+@pytest.mark.parametrize(
+    ("forced", "free_scores"), [(None, 1 << 30), ("reference", 1 << 30), ("reference", 0)]
+)
 @pytest.mark.parametrize("name", TINY_MODELS)
-def test_packed_equals_each_sequence_alone(name, share, free_scores, monkeypatch):
+def test_packed_equals_each_sequence_alone(name, share, forced, free_scores, monkeypatch):
     monkeypatch.setattr(layout, "_FREE_SCORES", free_scores)
+    if forced:
+        monkeypatch.setenv("AIRL_FAST_BACKEND", forced)
     model = tiny_model(name)
     trunk, traces = model.get_decoder(), ragged_traces()
     with standard_attention(model):
@@ -94,9 +99,11 @@ def test_packed_equals_each_sequence_alone(name, share, free_scores, monkeypatch
     assert_gradients_close(gradients(model, packed), expected)
 
 
+@pytest.mark.parametrize("forced", ["", "reference"])
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("name", ["gemma2", "gemma3", "mistral"])
-def test_sliding_windows_matter_here(name, share):
+def test_sliding_windows_matter_here(name, share, forced, monkeypatch):
+    monkeypatch.setenv("AIRL_FAST_BACKEND", forced)
     model = tiny_model(name)
     enable_packed_attention(model)
     batch = pack(ragged_traces(), share_prompts=share)
@@ -113,9 +120,11 @@ def _with_window(model, window):
     return model
 
 
+@pytest.mark.parametrize("forced", ["", "reference"])
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("name", TINY_MODELS)
-def test_nothing_crosses_sequences(name, share):
+def test_nothing_crosses_sequences(name, share, forced, monkeypatch):
+    monkeypatch.setenv("AIRL_FAST_BACKEND", forced)
     model = tiny_model(name).eval()
     enable_packed_attention(model)
     traces = ragged_traces()
@@ -136,8 +145,10 @@ def test_nothing_crosses_sequences(name, share):
     assert (hidden[0][~same] != hidden[1][~same]).any(-1).all()
 
 
+@pytest.mark.parametrize("forced", ["", "reference"])
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
-def test_not_a_number_stays_in_its_sequence(name):
+def test_not_a_number_stays_in_its_sequence(name, forced, monkeypatch):
+    monkeypatch.setenv("AIRL_FAST_BACKEND", forced)
     model = tiny_model(name)
     enable_packed_attention(model)
     traces = ragged_traces()

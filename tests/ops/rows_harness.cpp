@@ -17,6 +17,7 @@
 #include "row_attention.h"
 #include "rows.h"
 #include "segments.h"
+#include "varlen_attention.h"
 
 namespace {
 
@@ -197,6 +198,40 @@ bool attention(std::int64_t prompt, std::int64_t size, std::int64_t window, int 
   return sound;
 }
 
+// A segment of `shared` tokens, and two that continue it.
+bool packed(std::int64_t shared, std::int64_t size, std::int64_t value_size, std::int64_t window,
+            int threads) {
+  const std::int64_t heads = 4, key_heads = 2, own = 13, tokens = shared + 2 * own;
+  const auto numbers = [](std::int64_t n) {
+    return std::vector<float>(static_cast<std::size_t>(n), 0.25f);
+  };
+  const std::vector<airl_fast::VarlenSegment> segments{
+      {0, shared, 0, 0, 0}, {shared, own, 0, shared, shared}, {shared + own, own, 0, shared,
+                                                              shared + own}};
+  const auto q = numbers(tokens * heads * size), k = numbers(tokens * key_heads * size);
+  const auto v = numbers(tokens * key_heads * value_size);
+  auto out = numbers(tokens * heads * value_size), statistics = numbers(2 * tokens * heads);
+  const auto upstream = out;
+  auto d_q = q, d_k = k, d_v = v;
+  const airl_fast::VarlenSizes sizes{heads, key_heads, size, value_size, window, 0.5f};
+  const airl_fast::VarlenInputs inputs{segments.data(),
+                                       static_cast<std::int64_t>(segments.size()),
+                                       {q.data(), heads * size, size},
+                                       {k.data(), key_heads * size, size},
+                                       {v.data(), key_heads * value_size, value_size}};
+  airl_fast::attend_segments(sizes, inputs, out.data(), nullptr, threads);
+  airl_fast::attend_segments(sizes, inputs, out.data(), statistics.data(), threads);
+  airl_fast::differentiate_segments(sizes, inputs, out.data(), statistics.data(),
+                                    {upstream.data(), heads * value_size, value_size},
+                                    {d_q.data(), d_k.data(), d_v.data(), tokens}, threads);
+  bool sound = true;
+  for (const float value : out) sound &= std::fabs(value - 0.25f) < 1e-5f;
+  for (const float value : d_q) sound &= std::fabs(value) < 1e-5f;
+  float all = 0.0f;
+  for (const float value : d_v) all += value;  // each query's gradient goes to what it sees
+  return sound && std::fabs(all / static_cast<float>(tokens * heads * value_size) - 0.25f) < 1e-4f;
+}
+
 #if defined(__linux__)
 // Numbers that end where memory ends: the sanitizers do not see what the tiles read and write.
 class Guarded {
@@ -285,6 +320,10 @@ int main() {
     for (std::int64_t vocab : {1, 18, 512, 1100}) sound &= draws(5, vocab, 2);
     for (std::int64_t size : {1, 24, 70}) {
       for (std::int64_t window : {1, 4, 1 << 30}) sound &= attention(37, size, window, 2);
+      for (std::int64_t window : {1, 40, 1 << 30}) {
+        for (std::int64_t shared : {1, 70, 530}) sound &= packed(shared, size, size, window, 2);
+        sound &= packed(100, size, 33, window, 3);
+      }
     }
   }
   sound &= every_product();

@@ -1,0 +1,127 @@
+"""Attention of a packed batch on a CPU, forward and backward: csrc/varlen_attention.h.
+
+T tokens of queries   U of keys   P segments   H query heads   Hk key heads   E head size
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from airl_fast import _C
+from airl_fast.ops._cpu_products import floats
+from airl_fast.ops.dispatch import forced
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_ALL = 1 << 62  # a window that hides nothing
+
+
+def serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether the kernel takes these: float32 in a CPU's memory, and not forced off."""
+    return forced() in (None, "cpu") and all(
+        type(x) in _PLAIN and x.device.type == "cpu" and x.dtype == torch.float32
+        for x in (query, key, value)
+    )
+
+
+def attend(
+    segments: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
+) -> Tensor:
+    """softmax(scale q K^T) V over the keys that each query sees.
+
+    Args:
+        segments: [P, 5] int64: the first query, the number of queries, the first of the keys that
+            all of them see, how many these are, and the first of as many keys as queries, of
+            which each sees those up to its own. Every query is in one segment.
+        query: [T, H, E].
+        key: [U, Hk, E]; H is a multiple of Hk.
+        value: [U, Hk, Ev].
+        scale: of the scores.
+        window: a token sees itself and the ``window - 1`` before it; None is all of them.
+
+    Returns:
+        [T, H, Ev].
+    """
+    given = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    result: Tensor = _Attention.apply(segments, *given, scale, _ALL if window is None else window)
+    return result
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        segments: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        window: int,
+    ) -> Tensor:
+        ctx.scoring = scale, window
+        tokens, heads, _ = query.shape
+        out = floats((tokens, heads, value.shape[-1]))
+        statistics = floats((tokens, heads, 2)) if any(ctx.needs_input_grad) else None
+        _C.attend_segments(
+            *_inputs(segments, query, key, value, *ctx.scoring), out.data_ptr(),
+            0 if statistics is None else statistics.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        if statistics is not None:
+            ctx.save_for_backward(segments, query, key, value, out, statistics)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        segments, query, key, value, out, statistics = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a gradient of a gradient: computed by torch's operations
+            given = [x.view_as(x) for x in (query, key, value)]
+            again = _in_torch(segments, *given, *ctx.scoring)
+            wanted = [x for x in given if x.requires_grad]
+            grads = iter(torch.autograd.grad(again, wanted, grad, create_graph=True))
+            return None, *(next(grads) if x.requires_grad else None for x in given), None, None
+        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+        made = [floats(x.shape) for x in (query, key, value)]
+        _C.differentiate_segments(
+            *_inputs(segments, query, key, value, *ctx.scoring), out.data_ptr(),
+            statistics.data_ptr(), _heads(grad), *(x.data_ptr() for x in made), key.shape[0],
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return None, *made, None, None
+
+
+def _in_torch(
+    segments: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int
+) -> Tensor:
+    """The same segment by segment, every score written out."""
+    outs, group = [], query.shape[1] // key.shape[1]
+    for first, count, first_shared, shared, first_own in segments.tolist():
+        seen = torch.arange(shared + count)
+        token = torch.where(seen < shared, first_shared + seen, first_own + seen - shared)
+        keys, values = (x[token].repeat_interleave(group, 1) for x in (key, value))
+        scores = scale * torch.einsum("ihe,jhe->hij", query[first : first + count], keys)
+        place = torch.arange(shared, shared + count)[:, None]
+        hidden = (seen > place) | (seen <= place - window)
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        outs.append(torch.einsum("hij,jhe->ihe", weights, values))
+    return torch.cat(outs)
+
+
+_Heads = tuple[int, int, int]
+_Inputs = tuple[
+    tuple[int, int, int, int, int, float], tuple[int, int], _Heads, _Heads, _Heads
+]  # as _C.attend_segments has them
+
+
+def _heads(x: Tensor) -> _Heads:
+    return x.data_ptr(), x.stride(0), x.stride(1)
+
+
+def _inputs(
+    segments: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int
+) -> _Inputs:
+    heads, size = query.shape[1:]
+    sizes = heads, key.shape[1], size, value.shape[-1], window, scale
+    table = segments.data_ptr(), len(segments)
+    return sizes, table, _heads(query), _heads(key), _heads(value)
