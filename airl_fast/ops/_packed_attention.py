@@ -82,13 +82,13 @@ class _Attention(torch.autograd.Function):
             grads = iter(torch.autograd.grad(again, wanted, grad, create_graph=True))
             return None, *(next(grads) if x.requires_grad else None for x in given), None, None
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-        made = [floats(x.shape) for x in (query, key, value)]
+        d_query, d_key, d_value = (floats(x.shape) for x in (query, key, value))
         _C.differentiate_segments(
             *_inputs(segments, query, key, value, *ctx.scoring), out.data_ptr(),
-            statistics.data_ptr(), _heads(grad), *(x.data_ptr() for x in made), key.shape[0],
-            torch.get_num_threads(),
+            statistics.data_ptr(), _heads(grad), d_query.data_ptr(), d_key.data_ptr(),
+            d_value.data_ptr(), key.shape[0], torch.get_num_threads(),
         )  # fmt: skip
-        return None, *made, None, None
+        return None, d_query, d_key, d_value, None, None
 
 
 def _in_torch(
