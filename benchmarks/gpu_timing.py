@@ -83,6 +83,13 @@ def plans(device: str, quick: bool) -> list[Plan]:
         *rows,
         ("step", partial(_case, "step.step_case", None, **whole)),
         *layers,
+        *(
+            (
+                f"attention{' gradient' * gradient}",
+                partial(_case, "attention.attention_case", None, **whole, gradient=gradient),
+            )
+            for gradient in (True, False)
+        ),
         ("packing", partial(_case, "packing.packing_case", None, **whole)),
         ("sampling", partial(_case, "sampling.sampling_case", None, **whole, tokens=tokens)),
         *(plan for shape in heads[1:] for plan in shape),

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import environment, heads, memory, packing, sampling, segments, step
+from benchmarks import attention, environment, heads, memory, packing, sampling, segments, step
 from benchmarks.harness import Case, Row, Timing
 from benchmarks.language import STEP_PROMPTS, TINY, ModelShape
 from benchmarks.runner import run_case
@@ -16,6 +16,7 @@ from benchmarks.runner import run_case
 OPERATORS = (
     *heads.OPERATORS,
     *segments.OPERATORS,
+    attention.OPERATOR,
     packing.OPERATOR,
     step.OPERATOR,
     sampling.OPERATOR,
@@ -29,6 +30,7 @@ _SWEPT = (heads.ENTROPY, heads.POLICY)  # plotted against N and V
 _SWEEP_D = 576
 _SWEEP_N = tuple((n, 49152) for n in (128, 256, 512, 1024, 4096))  # 2048 is a main shape
 _SWEEP_V = tuple((1024, v) for v in (8192, 16384, 32768, 98304))
+_ATTENTION = ((8, 1), (4, 8))  # prompts, G
 _PACKING = ((1, 4), (1, 8), (1, 16))  # prompts, G
 _STEP = (1, 8)
 _QUICK_SWEEP = ((32, 512), (64, 256))
@@ -145,6 +147,10 @@ def _segment_cases(settings: Settings) -> Iterator[Case]:
 def _end_to_end_cases(settings: Settings) -> Iterator[Case]:
     """As few prompts as show the sharing: the padded formulations take minutes a call."""
     model = TINY if settings.quick else ModelShape()
+    if settings.wants(attention.OPERATOR):
+        for prompts, group in ((2, 2),) if settings.quick else _ATTENTION:
+            for gradient in (False, True):
+                yield attention.attention_case(prompts, group, model, settings.seed, gradient)
     if settings.wants(packing.OPERATOR):
         for prompts, group in ((2, 8),) if settings.quick else _PACKING:
             yield packing.packing_case(prompts, group, model, settings.seed)

@@ -347,3 +347,35 @@ def group_advantages(
         divisor = {"std": x.std(correction=0) + GROUP_EPS, "none": r.new_ones(())}[scale]
         advantages = advantages.index_put((rows,), (x - base) / divisor)
     return advantages
+
+
+# Attention
+
+
+def attention(
+    segments: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
+) -> Tensor:
+    """Attention of a packed batch, ``[T, H, Ev]``, segment by segment, every score written out.
+
+    Args:
+        segments: ``[P, 5]``: the first of a segment's queries, how many, the first of the keys that
+            all of them see, how many, and the first of its own keys.
+        query: ``[T, H, E]``.
+        key: ``[U, Hk, E]``.
+        value: ``[U, Hk, Ev]``.
+        scale: of the scores.
+        window: a token sees itself and the ``window - 1`` before it.
+    """
+    outs, group = [], query.shape[1] // key.shape[1]
+    for first, n, first_shared, shared, own in segments.tolist():
+        seen = [*range(first_shared, first_shared + shared), *range(own, own + n)]
+        keys, values = (_f64(x[seen]).repeat_interleave(group, 1) for x in (key, value))
+        scores = scale * torch.einsum("ihe,jhe->hij", _f64(query[first : first + n]), keys)
+        place = torch.arange(shared, shared + n, device=query.device)[:, None]
+        at = torch.arange(shared + n, device=query.device)
+        hidden = at > place
+        if window is not None:
+            hidden |= at <= place - window
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        outs.append(torch.einsum("hij,jhe->ihe", weights, values))
+    return torch.cat(outs)

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks import memory, sampling, segments, step, suite
+from benchmarks import attention, memory, sampling, segments, step, suite
 from benchmarks.harness import Case, Outputs, Prepared, Row, Timing, Variant
 from benchmarks.language import TINY
 from benchmarks.report import markdown
@@ -117,6 +117,16 @@ def test_the_report_shows_times_over_ours_and_the_parts() -> None:
         assert f"| {row.against_ours:.2f} |" in line
         assert "policy update: " in line
     assert ours.facts["tokens"] < padded.facts["tokens"] < fixed.facts["tokens"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gradient", [False, True])
+def test_every_formulation_of_attention_is_right(gradient: bool, dtype: torch.dtype) -> None:
+    case = attention.attention_case(3, 2, TINY, 0, gradient, dtype)
+    rows = run_case(case, TIMING)
+    assert [row.status for row in rows] == ["ok"] * 5, [row.reason for row in rows]
+    outputs = {"out", *(["d_query", "d_key", "d_value"] if gradient else [])}
+    assert set(case.expected(case.inputs())) == outputs
 
 
 def test_memory_is_measured_where_the_case_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

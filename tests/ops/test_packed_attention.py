@@ -8,6 +8,7 @@ from airl_fast.attention import packed_attention
 from airl_fast.layout import ranges_of
 from airl_fast.ops import _packed_attention as packed
 from airl_fast.packing import Trace, pack
+from tests import oracle
 
 pytestmark = pytest.mark.usefixtures("path")
 LENGTHS = 70, 1, 30, 200, 100, 700
@@ -35,20 +36,6 @@ def inputs(tokens, heads, key_heads, size, value_size, scale=1.0):
         numbers(tokens, key_heads, size, seed=1),
         numbers(tokens, key_heads, value_size, seed=2),
     )
-
-
-def formula(table, q, k, v, scale, window):
-    """Segment by segment, every score written out, in float64."""
-    outs, group = [], q.shape[1] // k.shape[1]
-    for first, n, first_shared, shared, own in table.tolist():
-        seen = [*range(first_shared, first_shared + shared), *range(own, own + n)]
-        keys, values = (x[seen].double().repeat_interleave(group, 1) for x in (k, v))
-        scores = scale * torch.einsum("ihe,jhe->hij", q[first : first + n].double(), keys)
-        place, key = torch.arange(shared, shared + n)[:, None], torch.arange(shared + n)
-        hidden = (key > place) | (key <= place - (window or 1 << 62))
-        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
-        outs.append(torch.einsum("hij,jhe->ihe", weights, values))
-    return torch.cat(outs)
 
 
 def results(attend, tensors, upstream):
@@ -92,7 +79,7 @@ def test_each_segment_attends_to_itself_and_to_what_it_continues(
 def assert_exact(table, tensors, upstream, scale, window):
     """Errors are at most twice those of torch's own attention in float32, segment by segment."""
     exact = results(
-        lambda q, k, v: formula(table, q, k, v, scale, window),
+        lambda q, k, v: oracle.attention(table, q, k, v, scale, window),
         [x.double() for x in tensors],
         upstream,
     )
@@ -234,7 +221,9 @@ def test_gradients_of_gradients(frozen):
 
     tensors = inputs(51, 4, 2, 8, 6)
     ours = penalty(lambda *x: packed.attend(table, *x, 0.3, 7), tensors)
-    exact = penalty(lambda q, k, v: formula(table, q, k, v, 0.3, 7), [x.double() for x in tensors])
+    exact = penalty(
+        lambda q, k, v: oracle.attention(table, q, k, v, 0.3, 7), [x.double() for x in tensors]
+    )
     for one, right in zip(ours, exact, strict=True):
         torch.testing.assert_close(one.double(), right, rtol=1e-4, atol=1e-5 * right.abs().max())
 
@@ -248,7 +237,7 @@ def test_keys_that_are_their_own_values_get_both_gradients():
         out = packed.attend(table, q, both, both, 0.3, None)
         found += torch.autograd.grad(out.square().sum(), both, create_graph=create_graph)
     exact = k.double().requires_grad_()
-    out = formula(table, q, exact, exact, 0.3, None)
+    out = oracle.attention(table, q, exact, exact, 0.3, None)
     right = torch.autograd.grad(out.square().sum(), exact)[0]
     for grad in found:
         torch.testing.assert_close(grad.double(), right, rtol=1e-4, atol=1e-5)
