@@ -152,6 +152,11 @@ class RunSection:
         default=None, min_length=1, description="null: the GPU where there is one, else the CPU"
     )
     threads: Int | None = Field(default=None, ge=1, description="CPU threads; null: torch's own")
+    matmul_precision: Literal["highest", "high", "medium"] | None = Field(
+        default=None,
+        description="of float32 products, as torch.set_float32_matmul_precision: high is TF32 on a "
+        "GPU and 16 bits on a CPU with AMX, medium 8 bits there; null: torch's own, highest",
+    )
 
 
 @section
@@ -258,6 +263,12 @@ class RunConfig:
                 self.run.token_budget <= self.sampling.max_new_tokens,
                 f"run.token_budget={self.run.token_budget} cannot hold a prompt and "
                 f"sampling.max_new_tokens={self.sampling.max_new_tokens}; raise run.token_budget",
+            ),
+            (
+                self.guards.audit_every > 0 and self.run.matmul_precision in ("high", "medium"),
+                f"guards.audit_every={self.guards.audit_every} with run.matmul_precision="
+                f"{self.run.matmul_precision}: an audit holds the operators against products in "
+                "float32; set run.matmul_precision=highest, or guards.audit_every=0",
             ),
             (
                 self.shown_prompts > self.sampling.prompts_per_step,

@@ -71,7 +71,8 @@ class GuardsConfig:
     mismatch_tolerance: Float | None = Field(
         default=None,
         gt=0,
-        description="largest difference of a token; null: 0.01, or 0.5 of a bfloat16 policy",
+        description="largest difference of a token; null: 0.01, or 0.1 with "
+        "run.matmul_precision=high, 0.5 with medium or a bfloat16 policy",
     )
     audit_every: Int = Field(
         default=0,

@@ -86,6 +86,8 @@ class Trainer:
         self.world = world or join(config.run.device)
         if config.run.threads is not None:
             torch.set_num_threads(config.run.threads)
+        if config.run.matmul_precision is not None:
+            torch.set_float32_matmul_precision(config.run.matmul_precision)
         self.config = config
         self.task = task or load_task(config.task)
         self.policy = policy or load_policy(config, self.world.device)

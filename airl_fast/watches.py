@@ -32,6 +32,10 @@ class GuardError(RuntimeError):
         self.guard = guard
 
 
+# Largest difference of a token's log-prob, by the precision of products (bfloat16 is medium).
+_MISMATCH = {"highest": 0.01, "high": 0.1, "medium": 0.5}
+
+
 class Watches:
     """The watches of a run.
 
@@ -46,8 +50,8 @@ class Watches:
     ) -> None:
         self.config = config.guards
         self.demonstrated_length = demonstrated_length
-        mismatch = 0.5 if torch.finfo(dtype).bits < 32 else 0.01
-        self.tolerance = self.config.mismatch_tolerance or mismatch
+        precision = "medium" if torch.finfo(dtype).bits < 32 else config.run.matmul_precision
+        self.tolerance = self.config.mismatch_tolerance or _MISMATCH[precision or "highest"]
         self.first_entropy: float | None = None
         looks: dict[str, Callable[[Mapping[str, Any]], Finding | None]] = {
             "discriminator_saturated": self._saturated,

@@ -188,6 +188,10 @@ CONTRADICTIONS = [
     ),
     (["sampling.group_size=1"], r"set sampling\.group_size to 2 or more"),
     (["run.token_budget=40"], r"raise run\.token_budget"),
+    (
+        ["run.matmul_precision=high", "guards.audit_every=5"],
+        r"set run\.matmul_precision=highest, or guards\.audit_every=0",
+    ),
     (["task.demonstrations=8"], r"sampling\.demonstration_prompts .*to 8 or less"),
     (["sampling.demonstration_prompts=33"], r"more than sampling\.prompts_per_step=32"),
     (["task.unlabelled=0", "sampling.demonstration_prompts=8"], r"set task\.unlabelled, or null"),

@@ -200,6 +200,23 @@ def test_the_tolerance_of_the_sampler_follows_the_dtype(tmp_path):
     assert tolerance(f"policy.model={tmp_path / 'saved'}", *lora) == 0.5
 
 
+@pytest.mark.parametrize(
+    ("precision", "tolerance"), [("highest", 0.01), ("high", 0.1), ("medium", 0.5)]
+)
+def test_the_precision_of_products(precision, tolerance, tmp_path):
+    before = torch.get_float32_matmul_precision()
+    try:
+        trainer = Trainer(make_config(tmp_path, f"run.matmul_precision={precision}", "run.steps=2"))
+        assert torch.get_float32_matmul_precision() == precision
+        assert trainer.guards.watches.tolerance == tolerance
+        metrics = trainer.train()
+        assert metrics[-1]["sampler_mismatch"] <= tolerance
+        Trainer(make_config(tmp_path / "other"))  # null: whatever it is
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_a_mismatch_of_nan_counts(tmp_path):
     watches = Watches(make_config(tmp_path, "guards.patience=1"), None, torch.float32)
     seen = watches.look(1, "policy", {"sampler_mismatch": math.nan})
