@@ -112,7 +112,7 @@ def packed_attention(
     scoring = Scoring(scale, window, softcap, s_aux)
     if alone is not None:
         key, value = alone.extend(key, value)
-        if _in_one_call(query, key, value, scoring):
+        if _in_one_call(query, key, value, scoring, *alone.bucket.shape[1:]):
             return _in_ranges(alone.ranges, query, key, value, scoring), None
         out = attend(alone.bucket, query, key, value, scoring)
         return out.transpose(1, 2), None
@@ -125,7 +125,7 @@ def packed_attention(
         q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
         layout = varlen.varlen_layout_of(packed_batch)
         return varlen.varlen_attention(layout, q, k, v, scale, window)[None], None
-    if _in_one_call(query, key, value, scoring):
+    if _in_one_call(query, key, value, scoring, *(2 * (packed_batch.num_tokens,))):
         return _in_ranges(ranges_of(packed_batch), query, key, value, scoring), None
     outputs, buckets = [], layout_of(packed_batch)
     for bucket, q, k, v in _gather(buckets, query, key, value):
@@ -173,9 +173,13 @@ def _gather(
     yield from zip(layout.buckets, *gathered, strict=True)
 
 
-def _in_one_call(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> bool:
-    plain = scoring.softcap is None and scoring.s_aux is None
-    return plain and _packed_attention.serves(query, key, value)
+def _in_one_call(
+    query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, queries: int, keys: int
+) -> bool:
+    """Whether the CPU's kernel takes a pass of so many tokens."""
+    scale, window, softcap, s_aux = scoring
+    plain = softcap is None and s_aux is None
+    return plain and _packed_attention.serves(query, key, value, scale, window, queries, keys)
 
 
 def _in_ranges(

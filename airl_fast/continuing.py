@@ -49,7 +49,7 @@ class Pass:
             query_positions=torch.arange(shared, shared + length, device=device)[None],
             causal=not shared,
         )
-        self.ranges = torch.tensor([[0, length, 0, shared, shared]])
+        self.ranges = torch.tensor([[0, length, 0, shared, shared]], device="cpu")
 
     def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Put the next layer's keys [1, Hk, length, E] and values after those that it continues."""

@@ -205,11 +205,31 @@ void attend_segments(const VarlenSizes& sizes, const VarlenInputs& in, float* ou
 
 namespace {
 
+constexpr Int kTokens = 128;  // whose gradients are added up at a time
+
+// The pieces that see any of each kTokens tokens, in order.
+std::vector<std::vector<const Piece*>> pieces_by_token(const std::vector<Piece>& pieces,
+                                                       Int tokens) {
+  std::vector<std::vector<const Piece*>> found(
+      static_cast<std::size_t>((tokens + kTokens - 1) / kTokens));
+  for (const Piece& piece : pieces) {
+    const VarlenSegment& s = *piece.segment;
+    const auto see = [&](Int first, Int count) {
+      for (Int b = first / kTokens; count > 0 && b <= (first + count - 1) / kTokens; ++b) {
+        auto& there = found[static_cast<std::size_t>(b)];
+        if (there.empty() || there.back() != &piece) there.push_back(&piece);
+      }
+    };
+    see(s.first_shared, s.shared);
+    see(s.first_own, piece.last);
+  }
+  return found;
+}
+
 // Adds up what the pieces have for each key.
 void add_pieces(const VarlenSizes& sizes, const std::vector<Piece>& pieces, Int padded,
                 Int value_padded, const VarlenGradients& to, int threads) {
-  constexpr Int kTokens = 128;
-  const Int blocks = (to.tokens + kTokens - 1) / kTokens;
+  const auto by_token = pieces_by_token(pieces, to.tokens);
   const auto add = [&](const Piece& piece, Int token, Int key, Int count) {
     const Int keys = piece.keys(), heads = sizes.key_heads;
     for (Int i = 0; i < count; ++i) {
@@ -222,7 +242,7 @@ void add_pieces(const VarlenSizes& sizes, const std::vector<Piece>& pieces, Int 
       }
     }
   };
-  share(blocks, 1, threads, [&](Int begin, Int end) {
+  share(static_cast<Int>(by_token.size()), 1, threads, [&](Int begin, Int end) {
     const Int first = begin * kTokens, last = std::min(end * kTokens, to.tokens);
     const Int size = sizes.key_heads * sizes.size, value = sizes.key_heads * sizes.value_size;
     std::fill(to.keys + first * size, to.keys + last * size, 0.0f);
@@ -235,10 +255,12 @@ void add_pieces(const VarlenSizes& sizes, const std::vector<Piece>& pieces, Int 
       const Int count = std::min(until - low, last - token) - skipped;
       if (count > 0) add(piece, token + skipped, low - piece.low + skipped, count);
     };
-    for (const Piece& piece : pieces) {
-      const VarlenSegment& s = *piece.segment;
-      part(piece, 0, s.shared, s.first_shared);
-      part(piece, s.shared, s.shared + piece.last, s.first_own);
+    for (Int b = begin; b < end; ++b) {
+      for (const Piece* piece : by_token[static_cast<std::size_t>(b)]) {
+        const VarlenSegment& s = *piece->segment;
+        part(*piece, 0, s.shared, s.first_shared);
+        part(*piece, s.shared, s.shared + piece->last, s.first_own);
+      }
     }
   });
 }

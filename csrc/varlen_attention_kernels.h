@@ -119,7 +119,8 @@ float weigh(std::int64_t columns, float* scores, Seen seen, float scale, float* 
   });
   const float before = *largest, found = V::largest(top);
   *largest = found > before ? found : before;
-  const auto shift = V::set(*largest);
+  // where all scores so far are -inf their weights are 0, and later ones count
+  const auto shift = V::set(*largest == -HUGE_VALF ? 0.0f : *largest);
   auto total = V::set(0.0f);
   each_vector<V>(columns, [&](auto load, auto store) {
     const auto e = exponential<V>(V::sub(load(scores), shift));

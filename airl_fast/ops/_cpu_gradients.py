@@ -108,7 +108,7 @@ class GradientSweep:
         self._head = CPUHead(head, rows=most)
         self.hidden = empty(len(rows.hidden), width) if needs[0] else floats(0)
         self.weight = empty(vocab, width) if needs[1] else floats(0)
-        self.bias = torch.zeros(vocab if needs[2] else 0, dtype=torch.float32)
+        self.bias = floats(vocab if needs[2] else 0).zero_()
         if not rows.everything:
             self.hidden.zero_()
         if count == 0:

@@ -111,7 +111,9 @@ class CPUHead:
         self._bias = None if head.bias is None else head.bias.float().contiguous()
         self._options = slopes(*head[2:])
         self._threads = torch.get_num_threads()
-        self._stats = torch.empty(rows, 4, dtype=torch.float64)  # RowStats of csrc/rows.h
+        self._stats = torch.empty(
+            rows, 4, dtype=torch.float64, device="cpu"
+        )  # RowStats of csrc/rows.h
 
     def read(
         self,
@@ -283,8 +285,4 @@ def chunks(count: int, limit: int, first: int = 0) -> Iterator[slice]:
 
 def _spread(values: Tensor, kept: Tensor, count: int) -> Tensor:
     """Values ``[K]`` at the kept rows of ``[N]``, 0 elsewhere."""
-    return (
-        values
-        if len(kept) == count
-        else torch.zeros(count, dtype=torch.float32).index_copy_(0, kept, values)
-    )
+    return values if len(kept) == count else floats(count).zero_().index_copy_(0, kept, values)

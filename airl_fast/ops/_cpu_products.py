@@ -22,7 +22,7 @@ from torch import Tensor
 from airl_fast import _C
 from airl_fast.ops.dispatch import forced, implements
 
-floats = partial(torch.empty, dtype=torch.float32)  # whatever the default dtype is
+floats = partial(torch.empty, dtype=torch.float32, device="cpu")  # whatever the defaults are
 
 _PARTS = {"highest": 3, "high": 2, "medium": 1}
 _ELEMENTS = {torch.float32: 0, torch.bfloat16: 1}

@@ -34,8 +34,8 @@ def draw(logits: Tensor, u: Tensor, temperature: float) -> tuple[Tensor, Tensor]
         return _in_torch(logits, u, temperature)
     logits, u = logits.contiguous(), u.contiguous()
     rows, vocab = logits.shape
-    tokens = torch.empty(rows, dtype=torch.int64)
-    logp = torch.empty(rows, dtype=torch.float32)  # whatever the default is
+    tokens = torch.empty(rows, dtype=torch.int64, device="cpu")
+    logp = torch.empty(rows, dtype=torch.float32, device="cpu")  # whatever the defaults are
     _C.draw_rows(
         logits.data_ptr(), vocab, rows, vocab, 1.0 / temperature, u.data_ptr(), tokens.data_ptr(),
         logp.data_ptr(), torch.get_num_threads(),

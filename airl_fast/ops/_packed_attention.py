@@ -5,6 +5,7 @@ T tokens of queries   U of keys   P segments   H query heads   Hk key heads   E 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,12 +19,49 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _ALL = 1 << 62  # a window that hides nothing
 
 
-def serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether the kernel takes these: float32 in a CPU's memory, and not forced off."""
-    return forced() in (None, "cpu") and all(
+def serves(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    window: int | None,
+    queries: int,
+    keys: int,
+) -> bool:
+    """Whether the kernel takes these: plain float32 in a CPU's memory, and not forced off.
+
+    Args:
+        query: [1, H, T, E].
+        key: [1, Hk, U, E].
+        value: [1, Hk, U, Ev].
+        scale: of the scores; one that is not above 0 is left to torch.
+        window: as is a window that lets a token not see itself.
+        queries: T as it is to be; torch says what is wrong with others.
+        keys: U as it is to be.
+    """
+    alike = (
+        query.shape[::2] == (1, queries)
+        and key.shape[::2] == value.shape[::2] == (1, keys)
+        and key.shape[1] == value.shape[1] > 0
+        and query.shape[1] % key.shape[1] == 0
+        and query.shape[3] == key.shape[3]
+    )
+    plain = all(
         type(x) in _PLAIN and x.device.type == "cpu" and x.dtype == torch.float32
         for x in (query, key, value)
     )
+    usual = isinstance(scale, (float, int)) and scale > 0 and (window is None or window > 0)
+    return alike and plain and usual and forced() in (None, "cpu") and not _transformed()
+
+
+def _transformed() -> bool:
+    """Whether torch.func or a batched gradient runs: their tensors have no memory of their own."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def _is_many(grad: Tensor) -> bool:
+    """Whether it stands for a batch of gradients (torch.autograd.grad's is_grads_batched)."""
+    return torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 def attend(
@@ -44,7 +82,7 @@ def attend(
     Returns:
         [T, H, Ev].
     """
-    given = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    given = (_rows(x.resolve_neg()) for x in (query, key, value))
     result: Tensor = _Attention.apply(segments, *given, scale, _ALL if window is None else window)
     return result
 
@@ -74,14 +112,11 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        segments, query, key, value, out, statistics = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a gradient of a gradient: computed by torch's operations
-            given = [x.view_as(x) for x in (query, key, value)]
-            again = _in_torch(segments, *given, *ctx.scoring)
-            wanted = [x for x in given if x.requires_grad]
-            grads = iter(torch.autograd.grad(again, wanted, grad, create_graph=True))
-            return None, *(next(grads) if x.requires_grad else None for x in given), None, None
-        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+        segments, *given, out, statistics = ctx.saved_tensors
+        if torch.is_grad_enabled() or _transformed() or _is_many(grad):
+            return None, *_gradients_in_torch(ctx, segments, given, grad), None, None
+        grad, (query, key, value) = _rows(grad.resolve_neg()), map(_rows, given)
+        segments, out, statistics = (x.contiguous() for x in (segments, out, statistics))
         d_query, d_key, d_value = (floats(x.shape) for x in (query, key, value))
         _C.differentiate_segments(
             *_inputs(segments, query, key, value, *ctx.scoring), out.data_ptr(),
@@ -91,21 +126,41 @@ class _Attention(torch.autograd.Function):
         return None, d_query, d_key, d_value, None, None
 
 
+def _gradients_in_torch(
+    ctx: Any, segments: Tensor, given: list[Tensor], grad: Tensor
+) -> Iterator[Tensor | None]:
+    """Gradients that have gradients themselves, or many at once."""
+    again, needed = torch.is_grad_enabled(), ctx.needs_input_grad[1:4]
+    with torch.enable_grad():
+        # of these places alone, even where one tensor stands at two
+        inputs = [x.view_as(x) if again else x.detach() for x in given]
+        wanted = [x.requires_grad_() for x, need in zip(inputs, needed, strict=True) if need]
+        query, key, value = inputs
+        out = _in_torch(segments, query, key, value, *ctx.scoring)
+        grads = iter(torch.autograd.grad(out, wanted, grad, create_graph=again))
+    return (next(grads) if need else None for need in needed)
+
+
 def _in_torch(
     segments: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int
 ) -> Tensor:
     """The same segment by segment, every score written out."""
     outs, group = [], query.shape[1] // key.shape[1]
     for first, count, first_shared, shared, first_own in segments.tolist():
-        seen = torch.arange(shared + count)
+        seen = torch.arange(shared + count, device="cpu")
         token = torch.where(seen < shared, first_shared + seen, first_own + seen - shared)
         keys, values = (x[token].repeat_interleave(group, 1) for x in (key, value))
         scores = scale * torch.einsum("ihe,jhe->hij", query[first : first + count], keys)
-        place = torch.arange(shared, shared + count)[:, None]
+        place = torch.arange(shared, shared + count, device="cpu")[:, None]
         hidden = (seen > place) | (seen <= place - window)
         weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
         outs.append(torch.einsum("hij,jhe->ihe", weights, values))
     return torch.cat(outs)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Let the numbers of a head lie together."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 _Heads = tuple[int, int, int]

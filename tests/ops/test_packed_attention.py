@@ -1,5 +1,9 @@
 """Packed attention on a CPU against softmax attention in float64, on every vector path."""
 
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 
@@ -263,13 +267,92 @@ def test_ranges_of_a_batch():
     assert ranges_of(batch) is ranges_of(batch)
 
 
+def through(q, k, v, batch, forced=None, **options):
+    """packed_attention over [T, H, E] heads."""
+    heads = (x[None].transpose(1, 2) for x in (q, k, v))
+    with airl_fast.backend(forced) if forced else nullcontext():
+        return packed_attention(torch.nn.Identity(), *heads, None, packed_batch=batch, **options)[0]
+
+
+def small_batch():
+    long = Trace(prompt=(1, 2, 3), completion=(4,) * 6, span_lengths=(6,))
+    return pack([long, replace(long, completion=(5,) * 4, span_lengths=(4,))])
+
+
+def test_heads_of_another_shape_are_torchs_business():
+    batch = small_batch()
+    q, k, v = inputs(batch.num_tokens, 4, 2, 8, 8)
+    served = partial(packed.serves, scale=1.0, window=None, queries=13, keys=13)
+    four = [x[None].transpose(1, 2) for x in (q, k, v)]
+    assert served(*four)
+    fewer, other, odd = q[:5], v[:, :1], q[:, :3]
+    for heads in ((fewer, k, v), (q, k[:5], v[:5]), (q, k, other), (odd, k, v), (q[..., :4], k, v)):
+        assert not served(*(x[None].transpose(1, 2) for x in heads))
+    assert not served(*(x.transpose(1, 2)[None, 0] for x in (q, k, v)))
+    assert not served(*four, window=0)
+    assert not served(*four, scale=0.0)
+    assert not served(*four, scale=torch.tensor(1.0))
+    for heads in ((fewer, k, v), (odd, k, v)):
+        with pytest.raises((RuntimeError, IndexError)):
+            through(*heads, batch)
+    assert torch.equal(through(q, k, other, batch), through(q, k, other, batch, "reference"))
+
+
+def test_scores_that_are_all_hidden_for_long_leave_the_later_ones():
+    table = ranges((600,), (-1,))
+    q, k, v = inputs(600, 1, 1, 16, 16)
+    k[:512], q = -torch.finfo(torch.float32).max, q.abs()
+    out = packed.attend(table, q, k, v, 0.25, None)
+    right = oracle.attention(table, q, k.clamp(min=-1e4), v, 0.25, None)
+    torch.testing.assert_close(out[513:].double(), right[513:], rtol=1e-5, atol=1e-5)
+
+
+def test_a_tensor_that_stands_for_its_negative():
+    batch = small_batch()
+    q, k, v = (torch._neg_view(x) for x in inputs(batch.num_tokens, 4, 2, 8, 8))
+    expected = through(q.clone(), k.clone(), v.clone(), batch)
+    assert torch.equal(through(q, k, v, batch), expected)
+
+
+def test_tensors_saved_elsewhere_may_come_back_with_other_strides():
+    tensors = inputs(51, 4, 2, 8, 6)
+    table, upstream = ranges((12, 9, 30), (-1, 0, -1)), numbers(51, 4, 6, seed=3)
+    expected = results(lambda *x: packed.attend(table, *x, 0.3, None), tensors, upstream)
+    turned = lambda x: x.transpose(0, -1).contiguous().transpose(0, -1)  # noqa: E731
+    hooks = torch.autograd.graph.saved_tensors_hooks(
+        lambda x: x.clone(), lambda x: turned(x) if x.is_floating_point() else x
+    )
+    with hooks:
+        found = results(lambda *x: packed.attend(table, *x, 0.3, None), tensors, upstream)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch's attention under vmap
+def test_many_gradients_at_once_and_many_inputs_at_once():
+    batch = small_batch()
+    tensors = [x.requires_grad_() for x in inputs(batch.num_tokens, 4, 2, 8, 8)]
+    many = numbers(3, 1, batch.num_tokens, 4, 8, seed=4)
+    found = torch.autograd.grad(
+        through(*tensors, batch), tensors, many, is_grads_batched=True, retain_graph=True
+    )
+    for i in range(3):
+        one = torch.autograd.grad(through(*tensors, batch), tensors, many[i])
+        for a, b in zip(found, one, strict=True):
+            torch.testing.assert_close(a[i], b, rtol=1e-4, atol=1e-5)
+    stacked = [torch.stack([x.detach(), 2 * x.detach()]) for x in tensors]
+    both = torch.func.vmap(lambda *x: through(*x, batch))(*stacked)
+    for i in range(2):
+        torch.testing.assert_close(both[i], through(*(x[i] for x in stacked), batch))
+
+
 def test_it_serves_what_it_can():
     x = torch.zeros(1, 2, 6, 16)
-    assert packed.serves(x, x, x)
-    assert not packed.serves(*[x.bfloat16()] * 3)
-    assert not packed.serves(*[x.double()] * 3)
+    served = partial(packed.serves, scale=0.25, window=None, queries=6, keys=6)
+    assert served(x, x, x)
+    assert not served(*[x.bfloat16()] * 3)
+    assert not served(*[x.double()] * 3)
     with airl_fast.backend("reference"):
-        assert not packed.serves(x, x, x)
+        assert not served(x, x, x)
     batch = pack([Trace(prompt=(1, 2, 3), completion=(4, 5, 6), span_lengths=(3,))])
     with airl_fast.backend("reference"):
         expected, _ = packed_attention(torch.nn.Identity(), x, x, x, None, packed_batch=batch)
