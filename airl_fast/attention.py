@@ -125,7 +125,8 @@ def packed_attention(
         q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
         layout = varlen.varlen_layout_of(packed_batch)
         return varlen.varlen_attention(layout, q, k, v, scale, window)[None], None
-    if _in_one_call(query, key, value, scoring, *(2 * (packed_batch.num_tokens,))):
+    tokens = packed_batch.num_tokens
+    if _in_one_call(query, key, value, scoring, tokens, tokens):
         return _in_ranges(ranges_of(packed_batch), query, key, value, scoring), None
     outputs, buckets = [], layout_of(packed_batch)
     for bucket, q, k, v in _gather(buckets, query, key, value):

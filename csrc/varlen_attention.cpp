@@ -31,12 +31,13 @@ constexpr Int kScoreRow = kChunk + 16;  // floats from row to row: not a power o
 
 Int rounded_up(Int count, Int to) { return (count + to - 1) / to * to; }
 
-std::vector<Piece> pieces_of(const VarlenSizes& sizes, const VarlenInputs& in,
-                             Int (*part)(Int queries, Int least), Int least) {
+// Pieces of part(queries) queries of each segment.
+template <class Part>
+std::vector<Piece> pieces_of(const VarlenSizes& sizes, const VarlenInputs& in, Part part) {
   std::vector<Piece> pieces;
   for (Int s = 0; s < in.count; ++s) {
     const VarlenSegment& segment = in.segments[s];
-    const Int step = part(segment.queries, least);
+    const Int step = part(segment.queries);
     for (Int first = 0; first < segment.queries; first += step) {
       const Int last = std::min(first + step, segment.queries);
       const Int seen = std::max<Int>(0, segment.shared + first - (sizes.window - 1));
@@ -105,7 +106,7 @@ void copy_keys(const Piece& piece, const PackedHeads& heads, Int size, Int padde
            [&](const float* x, Int j) { copy_row(x, size, padded, out + j * padded); });
 }
 
-// A block of queries of one head, against keys that some of them see, kWidth at a time.
+// A block of queries of one head, against keys that some of them see, `width` at a time.
 struct Block {
   const Piece& piece;
   const VarlenSizes& sizes;
@@ -135,12 +136,6 @@ void each_block(const VarlenSizes& sizes, const Piece& piece, Run run) {
   }
 }
 
-// Queries of a piece where keys are only read: as many as leave every thread some pieces.
-Int part_to_read(Int queries, Int least) { return std::min(queries, least); }
-
-// Where gradients are added up: a quarter of long segments, whatever the number of threads.
-Int part_to_add(Int queries, Int least) { return std::max(least, (queries + 3) / 4); }
-
 }  // namespace
 
 void attend_segments(const VarlenSizes& sizes, const VarlenInputs& in, float* out,
@@ -150,9 +145,9 @@ void attend_segments(const VarlenSizes& sizes, const VarlenInputs& in, float* ou
   const Int padded = rounded_up(value_size, kernel.width);
   Int queries = 0;
   for (Int s = 0; s < in.count; ++s) queries += in.segments[s].queries;
-  const Int wanted = queries * sizes.key_heads / (4 * threads);
+  const Int wanted = queries * sizes.key_heads / (4 * threads);  // some pieces for every thread
   const Int part = rounded_up(std::max<Int>(wanted, 2 * kQueryBlock), kQueryBlock);
-  auto pieces = pieces_of(sizes, in, part_to_read, part);
+  auto pieces = pieces_of(sizes, in, [=](Int) { return part; });
   const auto floats = [&](const Piece& piece) {
     return piece.panels() * kPanel * (size + padded) + kQueryBlock * (kScoreRow + padded);
   };
@@ -292,7 +287,8 @@ void differentiate_segments(const VarlenSizes& sizes, const VarlenInputs& in, co
   const Int size = sizes.size, value_size = sizes.value_size;
   const Int padded = rounded_up(size, kernel.width);
   const Int value_padded = rounded_up(value_size, kernel.width);
-  auto pieces = pieces_of(sizes, in, part_to_add, 512);
+  // Where sums are added up depends on the segment alone.
+  auto pieces = pieces_of(sizes, in, [](Int count) { return std::max<Int>(512, (count + 3) / 4); });
   Int all = 0;
   for (const Piece& piece : pieces) all += piece.keys() * (padded + value_padded);
   const std::unique_ptr<float[]> memory(new float[static_cast<std::size_t>(all)]);

@@ -1,9 +1,10 @@
 // Attention within the segments of a packed batch, in float32: each query sees the keys of the
 // segment that its own continues, and those of its own up to itself.
 //
-// What a query takes depends on its own segment and the one that this continues alone, and on
-// whether the latter's tokens lie elsewhere or right before not at all. Gradients at keys are added
-// up in an order that the segments alone determine. So no result depends on the number of threads.
+// What a query takes depends on its own segment and on the one that this continues, alone; it has
+// the same bits where the latter's tokens are laid before its own instead. Gradients at keys are
+// added up first in each segment, then over segments in their order, so that no result depends on
+// the number of threads. That takes memory for the gradients at all keys that each segment sees.
 #pragma once
 
 #include <cstdint>

@@ -55,12 +55,12 @@ def serves(
 
 
 def _transformed() -> bool:
-    """Whether torch.func or a batched gradient runs: their tensors have no memory of their own."""
+    """Whether torch.func runs: its tensors have no memory of their own."""
     return torch._C._are_functorch_transforms_active()
 
 
 def _is_many(grad: Tensor) -> bool:
-    """Whether it stands for a batch of gradients (torch.autograd.grad's is_grads_batched)."""
+    """Whether it stands for many gradients (is_grads_batched), which have no such memory either."""
     return torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
