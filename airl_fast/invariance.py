@@ -8,8 +8,8 @@ What could make a token's bits depend on its neighbours, and what is done about 
   on: 8 on an EPYC with AVX2, 193 on a Xeon with AVX-512, where fewer may be summed in parts. On
   AMX's tiles (``ops._cpu_products``) no row depends on others, but few rows are left to MKL.
   ``least_rows`` tries it with a model's own layers; passes have as many rows.
-- Attention. In the CPU's kernel (``ops._packed_attention``) no segment depends on what is beside it.
-  In torch's every segment attends by itself, prompts always as segments of their own
+- Attention. In the CPU's kernel (``ops._packed_attention``) no segment depends on others beside it;
+  in torch's every segment attends by itself, prompts always as segments of their own
   (``layout.attend_separately``), so that the shapes of a call are the segment's.
 - Elementwise operations. torch vectorises them, and computes what is left at the end of a thread's
   part by other code (another exp). A pass is padded until every part is whole vectors.
