@@ -1,27 +1,25 @@
 """Exact variable-length attention for transformers decoders that are given a packed batch.
 
     T tokens   H query heads   Hk key heads   E head size
-    n segments of a bucket, padded to l query tokens and m key tokens
 
 A segment attends to itself, causally, and to all of the segment that it continues, so that every
 sequence gets exactly the result of being run alone. On a GPU that is one call of flash attention
 (varlen.py) where it can serve, on a CPU one of a kernel of its own (ops/_packed_attention.py);
-everywhere else segments of like size share one scaled_dot_product_attention call (layout.py says
-which).
+everywhere else torch's attention takes segments of like size at once (buckets.py).
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from airl_fast import varlen
 from airl_fast.batch_checks import check_rope, check_tokens
-from airl_fast.layout import Bucket, PackedLayout, layout_of, ranges_of
+from airl_fast.buckets import Scoring, attend, attend_in_buckets
+from airl_fast.layout import ranges_of
 from airl_fast.ops import _packed_attention
 from airl_fast.packing import PackedBatch
 
@@ -32,22 +30,6 @@ if TYPE_CHECKING:
 NAME = "airl_fast"  # of the attention implementation registered with transformers
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _REFUSED = ("position_bias", "indices", "block_indices")  # keywords that change the scores
-
-
-class Scoring(NamedTuple):
-    """What a layer makes of its queries and keys.
-
-    Attributes:
-        scale: of the scores.
-        window: a token sees itself and the ``window - 1`` before it; None: all of them.
-        softcap: scores become ``softcap * tanh(scores / softcap)`` (Gemma 2).
-        s_aux: [H] scores of a sink that takes its share of the softmax and adds nothing (gpt-oss).
-    """
-
-    scale: float
-    window: int | None
-    softcap: float | None
-    s_aux: Tensor | None
 
 
 class Kept:
@@ -128,11 +110,7 @@ def packed_attention(
     tokens = packed_batch.num_tokens
     if _in_one_call(query, key, value, scoring, tokens, tokens):
         return _in_ranges(ranges_of(packed_batch), query, key, value, scoring), None
-    outputs, buckets = [], layout_of(packed_batch)
-    for bucket, q, k, v in _gather(buckets, query, key, value):
-        out = attend(bucket, q, k, v, scoring)
-        outputs.append(out.transpose(1, 2).flatten(0, 1))  # [n * l, H, Ev]
-    return torch.cat(outputs).index_select(0, buckets.restore)[None], None
+    return attend_in_buckets(packed_batch, query, key, value, scoring), None
 
 
 def _refuse_what_is_not_honoured(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
@@ -152,28 +130,6 @@ def _refuse_what_is_not_honoured(module: nn.Module, dropout: float, kwargs: dict
         )
 
 
-def _gather(
-    layout: PackedLayout, query: Tensor, key: Tensor, value: Tensor
-) -> Iterator[tuple[Bucket, Tensor, Tensor, Tensor]]:
-    """Yield each bucket with its queries [n, H, l, E], keys [n, Hk, m, E] and values."""
-    gathered = []
-    for x, index, dim in (
-        (query, layout.queries, 1),
-        (key, layout.keys, 2),
-        (value, layout.keys, 2),
-    ):
-        # [T, H, E]: a token's heads lie together, so that gathering copies whole rows
-        rows = x[0].transpose(0, 1).index_select(0, index)
-        pieces = rows.split([b.shape[0] * b.shape[dim] for b in layout.buckets])
-        gathered.append(
-            [
-                piece.unflatten(0, (b.shape[0], b.shape[dim])).transpose(1, 2)
-                for piece, b in zip(pieces, layout.buckets, strict=True)
-            ]
-        )
-    yield from zip(layout.buckets, *gathered, strict=True)
-
-
 def _in_one_call(
     query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, queries: int, keys: int
 ) -> bool:
@@ -189,52 +145,6 @@ def _in_ranges(
     """Attention of all segments in one call of the CPU's kernel, [1, T, H, Ev]."""
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     return _packed_attention.attend(ranges, q, k, v, scoring.scale, scoring.window)[None]
-
-
-def attend(bucket: Bucket, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
-    """What the queries [n, H, l, E] of a bucket take from its keys [n, Hk, m, E]: [n, H, l, Ev]."""
-    if scoring.softcap is None and scoring.s_aux is None:
-        return _sdpa(bucket, q, k, v, scoring.scale, scoring.window)
-    return _explicit(bucket, q, k, v, scoring)
-
-
-def _sdpa(
-    bucket: Bucket, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
-) -> Tensor:
-    """Attention of one bucket, [n, H, l, Ev]."""
-    window = None if window is None or window >= bucket.shape[2] else window
-    causal = bucket.causal and window is None
-    shape = q.shape
-    if shape[2] == 1 and not causal:  # the heads of a key head are its queries: nothing is repeated
-        q = q.reshape(shape[0], k.shape[1], -1, shape[-1])
-    out = scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=None if causal else bucket.mask(window, q.dtype),
-        is_causal=causal,
-        scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
-    return out.reshape(*shape[:3], -1)
-
-
-def _explicit(bucket: Bucket, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
-    """The same with the scores written out, [n, H, l, m], for soft-capping and sinks."""
-    scale, window, softcap, s_aux = scoring
-    n, num_queries, num_keys = bucket.shape
-    heads, key_heads = q.shape[1], k.shape[1]
-    q = q.unflatten(1, (key_heads, -1))  # [n, Hk, H / Hk, l, E]
-    scores = q @ k[:, :, None].transpose(-1, -2) * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores + bucket.mask(window, scores.dtype)[:, None]
-    if s_aux is not None:
-        sink = s_aux.to(scores.dtype).view(1, key_heads, -1, 1, 1)
-        scores = torch.cat([scores, sink.expand(n, -1, -1, num_queries, 1)], dim=-1)
-    wide = torch.promote_types(scores.dtype, torch.float32)
-    weights = scores.softmax(-1, dtype=wide)[..., :num_keys].to(v.dtype)
-    return (weights @ v[:, :, None]).view(n, heads, num_queries, -1)
 
 
 def _agreed_window(name: str, attention_mask: Tensor | None, given: int | None) -> int | None:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from airl_fast.attention import Kept, Scoring, attend, last_hidden, unmasked
+from airl_fast.attention import Kept, last_hidden, unmasked
+from airl_fast.buckets import Scoring, attend
 from airl_fast.layout import Bucket
 from airl_fast.ops import _row_attention
 from airl_fast.packing import Trace, pack
