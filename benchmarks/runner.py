@@ -183,7 +183,8 @@ def _note_gpu_memory(live: _Live) -> None:
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    with live.variant.context():
+    # on one thread: one of autograd's own would let go of the graph at a time of its own
+    with live.variant.context(), torch.autograd.set_multithreading_enabled(False):
         result = live.prepared.call()
     torch.cuda.synchronize()
     live.row.peak_mib = (torch.cuda.max_memory_allocated() - before) / 2**20

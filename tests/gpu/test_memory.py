@@ -39,13 +39,17 @@ def tensors(dtype, width, ignored=False):
 
 
 def peak(call):
-    """Most bytes during a call, its results among them, beyond what there was before."""
-    call()  # whatever is made once is there
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
+    """Most bytes during a call, its results among them, beyond what there was before.
+
+    On one thread: one of autograd's own may let go of the first call's graph during the second.
+    """
+    with torch.autograd.set_multithreading_enabled(False):
+        call()  # whatever is made once is there
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
 
 
