@@ -20,7 +20,7 @@ _LINES_EVERY = 20  # looks between lines, where there is no terminal
 class RunsProgress:
     """Follows runs by the metrics that they write, until the block ends.
 
-    On a terminal, bars; elsewhere, a line for every run every ten seconds.
+    On a terminal, bars; elsewhere, every ten seconds a line for every run that has moved.
 
     Args:
         hide_done: take the bars of finished runs away.
@@ -39,7 +39,7 @@ class RunsProgress:
         )
         self.hide_done = hide_done
         self._followed: list[tuple[Any, str, RunConfig | None, Future[Any]]] = []
-        self._done: set[str] = set()
+        self._said: dict[str, str] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -86,12 +86,11 @@ class RunsProgress:
             done, note = _state(config, future)
             visible = not (self.hide_done and future.done())
             self._bars.update(bar, completed=done, note=note, visible=visible)
-            if self._bars.disable and name not in self._done and (say or future.done()):
-                total = config.total_steps if config else 1
-                if future.done():
-                    self._done.add(name)
-                if future.running() or future.done():
-                    print(f"{name}: {done}/{total} {note}", flush=True)
+            if self._bars.disable and (future.done() or (say and future.running())):
+                line = f"{name}: {done}/{config.total_steps if config else 1} {note}"
+                if self._said.get(name) != line:
+                    print(line, flush=True)
+                self._said[name] = line
 
 
 def _state(config: RunConfig | None, future: Future[Any]) -> tuple[int, str]:
@@ -103,7 +102,8 @@ def _state(config: RunConfig | None, future: Future[Any]) -> tuple[int, str]:
     if config and (path := Path(config.run.output_dir) / "metrics.jsonl").exists():
         lines = path.read_text().split("\n")
         complete = [line for line in lines[:-1] if line]  # the last piece may be half-written
-        steps, note = len(complete), _note(json.loads(complete[-1])) if complete else ""
+        if complete:
+            steps, note = len(complete), _note(json.loads(complete[-1]))
     if error is not None:
         note = "stopped" if isinstance(error, StoppedError) else "failed"
     return steps, note

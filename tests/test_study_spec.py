@@ -8,6 +8,7 @@ from airl_fast import cli
 from airl_fast.config import ConfigError
 from airl_fast.study import costs
 from airl_fast.study.cells import cell_config, plan
+from airl_fast.study.runner import _say_costs
 from airl_fast.study.spec import Study, description, load_study, studies, study_text
 from tests.tiny_study import TINY, changed, made
 
@@ -130,6 +131,18 @@ def test_costs_grow_with_what_is_run_and_are_corrected(tmp_path):
     clock.finished(one[0], 3 * expected)  # three times as long as was thought
     assert clock.left() == pytest.approx(3 * (whole - expected / 2))
     assert [costs.in_words(s) for s in (40, 600, 9000)] == ["40 s", "10 min", "2.5 h"]
+
+
+@pytest.mark.parametrize(("of", "key"), [("arithmetic", "policy"), ("AIRL", "discriminator")])
+def test_a_model_of_ones_own_has_shares_of_the_work_not_seconds(tmp_path, capsys, of, key):
+    own = f"  {of}: {{overrides: [{key}.model={tmp_path}]}}\n"
+    study = load_study(made(tmp_path, changed((f"  {of}:\n", own))))
+    _say_costs(study, plan(study, tmp_path / "out"), 2)
+    head, why, *rows = capsys.readouterr().out.splitlines()
+    assert head == "6 cells, 0 of them done."
+    assert "once one is done" in why
+    assert len(rows) == 6
+    assert sum(float(row.split()[2].rstrip("%")) for row in rows) == pytest.approx(100, abs=0.5)
 
 
 def test_without_a_name_the_studies_are_listed(capsys):

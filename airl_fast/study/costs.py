@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from airl_fast.config import RunConfig
 from airl_fast.measuring import VALIDATION_SAMPLES
+from airl_fast.schema import BUILT_IN
 from airl_fast.study.cells import SFT, Cell, cell_config
 from airl_fast.study.spec import Study
 
@@ -15,7 +16,7 @@ SAMPLED, FORWARD, TRAINED = 1.8e-3, 0.65e-3, 2e-3
 def estimate(study: Study, cell: Cell) -> float:
     """Seconds of a cell on one thread, with a model of the size of the built-in ones.
 
-    An order of magnitude for others: what the first cells take corrects it.
+    For others a share of the work (``known``): what the first cells take makes it seconds.
     """
     config = _planned_config(study, cell)
     if cell.kind == "arm":
@@ -30,6 +31,13 @@ def estimate(study: Study, cell: Cell) -> float:
     per_sample = SAMPLED + 4 * FORWARD
     curves = points * config.task.validation * config.run.eval_samples * per_sample
     return own + curves + _measuring(study, config) + _uses(study, config)
+
+
+def known(study: Study, cells: list[Cell]) -> bool:
+    """Whether estimates are seconds: every model of the cells is a built-in one."""
+    configs = [_planned_config(study, cell) for cell in cells]
+    models = {c.policy.model for c in configs} | {c.discriminator.model for c in configs}
+    return models <= {*BUILT_IN, None}
 
 
 def _planned_config(study: Study, cell: Cell) -> RunConfig:

@@ -83,7 +83,15 @@ def _say_costs(study: Study, cells: list[Cell], workers: int) -> None:
     left = costs.table(study, cells)
     total = sum(count * seconds for _, count, seconds in left)
     done = sum(cell.done for cell in cells)
-    print(f"{len(cells)} cells, {done} of them done. Estimates for one thread each:")
+    print(f"{len(cells)} cells, {done} of them done.", flush=True)
+    if not left:
+        return
+    if not costs.known(study, cells):
+        print("How long the rest takes is known once one is done. The share of each, about:")
+        for name, count, seconds in left:
+            print(f"  {count} x {seconds / total:>6.1%}  {name}", flush=True)
+        return
+    print("Estimates for one thread each:")
     for name, count, seconds in left:
         print(f"  {count} x {costs.in_words(seconds):>7}  {name}")
     print(f"About {costs.in_words(total / workers)} with {workers} at a time.", flush=True)
