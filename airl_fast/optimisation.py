@@ -89,7 +89,7 @@ class Optimiser:
             groups.append(
                 {"params": list(islice(updated, count)), "weight_decay": decay, "lr": rate}
             )
-        return torch.optim.AdamW(groups, betas=self._betas)
+        return torch.optim.AdamW(groups, betas=self._betas, fused=True)  # one pass, no temporaries
 
     def rate_factor(self) -> float:
         """Share of the highest rate that the next update uses."""
