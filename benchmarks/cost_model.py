@@ -10,12 +10,15 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import track
 
 from airl_fast.packing import Source
 from benchmarks import cost_gpus, cost_rates, cost_steps, environment, page
@@ -23,23 +26,38 @@ from benchmarks.costs import Rates, Workload, step_s
 from benchmarks.packing import ModelShape
 
 ALLOWED = 0.25  # largest relative error of a prediction
+ROUNDS = 9
 _HELP = {
     "calibrate": "measure this machine's rates",
-    "validate": "run steps and hold the predictions against them",
-    "all": "calibrate, validate, predict for GPUs (the default); about 5 minutes",
+    "all": "measure them and steps, predict those and GPUs (the default); about 5 minutes",
     "predict": "predict a step from the stored rates; --layers 24 --group 16 and so on",
     "gpus": "predictions for 8 and for 1,024 GPUs",
 }
 
 
-def _calibrated(quick: bool) -> dict[str, Any]:
+def _measured(quick: bool, steps: Mapping[str, Sequence[cost_steps.Step]]) -> dict[str, Any]:
+    """The rates, and the steps held against them: rounds of all, one after the other."""
     _warm_up(0.1 if quick else 3.0)
-    rates, seconds = cost_rates.measure_rates(cost_rates.QUICK if quick else None)
-    return {
+    calibration = cost_rates.Calibration(cost_rates.QUICK if quick else cost_rates.Sizes())
+    runs = {key: [cost_steps.Validation(step) for step in given] for key, given in steps.items()}
+    for _ in track(range(3 if quick else ROUNDS), "rounds", console=Console(stderr=True)):
+        calibration.round()
+        for run in chain(*runs.values()):
+            run.round()
+    rates = calibration.rates()
+    found = {
         "environment": environment.describe(),
         "rates": rates.as_json(),
-        "experiments": seconds,
+        "experiments": calibration.seconds(),
     }
+    if steps:
+        found["allowed"] = ALLOWED
+    for key, given in runs.items():
+        found[key] = [run.against(rates) for run in given]
+        for row in found[key]:
+            errors = ", ".join(f"{name} {error:+.0%}" for name, error in row["error"].items())
+            print(f"{row['name']}: {errors}", file=sys.stderr, flush=True)
+    return found
 
 
 def _warm_up(seconds: float) -> None:
@@ -49,19 +67,10 @@ def _warm_up(seconds: float) -> None:
         x @ x
 
 
-def _validated(rates: Rates, quick: bool) -> dict[str, Any]:
-    found: dict[str, Any] = {"allowed": ALLOWED}
-    for key, steps in (
-        ("validation", cost_steps.QUICK_STEPS if quick else cost_steps.STEPS),
-        ("outside", cost_steps.QUICK_STEPS if quick else cost_steps.OUTSIDE),
-    ):
-        found[key] = []
-        for step in steps:
-            row = cost_steps.validate(step, rates)
-            errors = ", ".join(f"{name} {error:+.0%}" for name, error in row["error"].items())
-            print(f"{step.name}: {errors}", file=sys.stderr, flush=True)
-            found[key].append(row)
-    return found
+def _steps(quick: bool) -> dict[str, Sequence[cost_steps.Step]]:
+    if quick:
+        return {"validation": cost_steps.QUICK_STEPS, "outside": cost_steps.QUICK_STEPS}
+    return {"validation": cost_steps.STEPS, "outside": cost_steps.OUTSIDE}
 
 
 def _predict(options: argparse.Namespace, rates: Rates) -> None:
@@ -113,15 +122,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"cost_model: {path} does not exist: run 'calibrate' first", file=sys.stderr)
         return 2
     torch.set_num_threads(options.threads)
-    found = {} if fresh else json.loads(path.read_text("utf-8"))
     if fresh:
-        found = _calibrated(options.quick)
-    rates = Rates.from_json(found["rates"])
+        found = _measured(options.quick, _steps(options.quick) if options.command == "all" else {})
+    else:
+        found = json.loads(path.read_text("utf-8"))
     if options.command == "predict":
-        _predict(options, rates)
+        _predict(options, Rates.from_json(found["rates"]))
         return 0
-    if options.command in ("all", "validate"):
-        found |= _validated(rates, options.quick)
     found["gpus"], found["scaling"] = cost_gpus.scenarios(), cost_gpus.scaling()
     if "validation" not in found:
         options.output_dir.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,8 @@
 """The rates of the cost model, measured on this machine: a handful of small experiments.
 
-All experiments take turns, so that a disturbance falls on one sample of each and the median drops
-it. A rate is worked out from what its experiment took less what the rates before it explain.
+All experiments take turns, with the steps that they predict, so that a disturbance falls on one
+sample of each and the median drops it, and a slow minute slows all of them. A rate is worked out
+from what its experiment took less what the rates before it explain.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 import airl_fast
+from airl_fast.ops._cpu_products import linear
+from airl_fast.ops._packed_attention import attend
 from airl_fast.optimisation import Optimiser
 from airl_fast.packing import pack
 from benchmarks.cost_steps import random_model, random_traces
@@ -25,6 +28,7 @@ from benchmarks.costs import (
     HeadRate,
     Rates,
     Workload,
+    attention_scores,
     trunk_backward_s,
     trunk_s,
 )
@@ -41,9 +45,9 @@ class Sizes:
     """Sizes of the experiments; none is the shape of a validation."""
 
     product: tuple[tuple[int, int, int], ...] = ((1536, 1280, 512), (1536, 512, 1280))  # m, n, k
-    skinny: tuple[int, int, int] = (8, 32768, 512)
+    skinny: tuple[int, int, int] = (256, 8192, 512)  # as few rows as the CPU's tiles take
     fresh_mib: int = 96
-    attention: tuple[int, int, int, int] = (4, 8, 256, 384)  # n, H, l, m
+    attention: tuple[int, int, int, int] = (4, 8, 256, 128)  # segments, H, own, shared tokens
     reference: ModelShape = _REFERENCE
     traces: tuple[int, int, int, int] = (2, 6, 120, 110)  # prompts, G, tokens of each
     dispatch: ModelShape = _DISPATCH
@@ -51,14 +55,13 @@ class Sizes:
     few: tuple[int, int, int] = (4, 24576, 768)  # weights rule
     weights: tuple[int, int] = (12, 1 << 20)  # tensors and size
     large_weights: tuple[int, int] = (1, 3 << 23)
-    rounds: int = 7
 
 
 QUICK = Sizes(
     product=((32, 48, 64),),
     skinny=(2, 1024, 64),
     fresh_mib=1,
-    attention=(2, 2, 8, 16),
+    attention=(2, 2, 8, 4),
     reference=ModelShape(vocab=32, hidden=32, inner=64, layers=2, heads=2, kv_heads=1),
     traces=(1, 2, 6, 5),
     dispatch=ModelShape(vocab=32, hidden=16, inner=16, layers=2, heads=2, kv_heads=1),
@@ -66,29 +69,35 @@ QUICK = Sizes(
     few=(2, 128, 32),
     weights=(2, 256),
     large_weights=(1, 512),
-    rounds=3,
 )
 
 
-def measure_rates(sizes: Sizes | None = None) -> tuple[Rates, dict[str, float]]:
-    """Run the experiments.
+class Calibration:
+    """The experiments, and what each round of them took.
 
     Args:
-        sizes: of the experiments; the defaults take about a minute on two cores.
-
-    Returns:
-        The rates, and the median seconds of every experiment.
+        sizes: of the experiments; a round of the defaults takes about three seconds on two cores.
     """
-    sizes = sizes or Sizes()
-    calls = _experiments(sizes)
-    for call in calls.values():
-        call()
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(sizes.rounds):
-        for name, call in calls.items():
-            samples[name].append(_seconds(call))
-    times = {name: statistics.median(taken) for name, taken in samples.items()}
-    return solve(sizes, times), times
+
+    def __init__(self, sizes: Sizes) -> None:
+        self.sizes = sizes
+        self._calls = _experiments(sizes)
+        self._samples: dict[str, list[float]] = {name: [] for name in self._calls}
+        for call in self._calls.values():
+            call()
+
+    def round(self) -> None:
+        """Run every experiment once more."""
+        for name, call in self._calls.items():
+            self._samples[name].append(_seconds(call))
+
+    def seconds(self) -> dict[str, float]:
+        """The median of each experiment."""
+        return {name: statistics.median(taken) for name, taken in self._samples.items()}
+
+    def rates(self) -> Rates:
+        """What they say of the machine."""
+        return solve(self.sizes, self.seconds())
 
 
 def _seconds(call: Callable[[], Any], least_s: float = 0.02) -> float:
@@ -102,8 +111,8 @@ def _seconds(call: Callable[[], Any], least_s: float = 0.02) -> float:
 def _experiments(sizes: Sizes) -> dict[str, Callable[[], Any]]:
     calls: dict[str, Callable[[], Any]] = {}
     for i, (m, n, k) in enumerate(sizes.product):
-        calls[f"product {i}"] = _product(m, n, k)
-    calls["skinny"] = _product(*sizes.skinny)
+        calls[f"product {i}"], calls[f"product backward {i}"] = _product(m, n, k)
+    calls["skinny"], _ = _product(*sizes.skinny)
     calls["fresh"] = _fresh(sizes.fresh_mib)
     calls["attention"], calls["attention backward"] = _attention(*sizes.attention)
     for name, shape, traces in (
@@ -122,13 +131,17 @@ def _experiments(sizes: Sizes) -> dict[str, Callable[[], Any]]:
 def solve(sizes: Sizes, times: dict[str, float]) -> Rates:
     """The rates from the experiments' seconds, each with those before it."""
     flops = [2 * m * n * k for m, n, k in sizes.product]
-    product = sum(flops) / sum(times[f"product {i}"] for i in range(len(flops)))
+    forward = sum(times[f"product {i}"] for i in range(len(flops)))
+    both = sum(times[f"product backward {i}"] for i in range(len(flops)))
+    product = sum(flops) / forward
     m, n, k = sizes.skinny
     memory = n * k * _FLOAT / _rest(times["skinny"], 2 * m * n * k / product)
-    count, heads, queries, keys = sizes.attention
-    per_pass = count * heads * queries * keys * _HEAD_SIZE
+    count, heads, own, shared = sizes.attention
+    scores = attention_scores(np.full(count, own), np.full(count, shared))
+    per_pass = heads * scores * _HEAD_SIZE
     known = Rates(
         product=product,
+        product_backward=2 * sum(flops) / _rest(both, forward),
         memory=memory,
         fresh=sizes.fresh_mib * 2**20 / times["fresh"],
         attention=4 * per_pass / times["attention"],
@@ -190,9 +203,14 @@ def _rest(seconds: float, explained: float) -> float:
 _HEAD_SIZE = 64
 
 
-def _product(m: int, n: int, k: int) -> Callable[[], Any]:
-    x, weight, out = torch.randn(m, k), torch.randn(n, k), torch.empty(m, n)
-    return lambda: torch.mm(x, weight.t(), out=out)
+def _product(m: int, n: int, k: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    x, weight = torch.randn(m, k, requires_grad=True), torch.randn(n, k, requires_grad=True)
+    upstream = torch.randn(m, n)
+
+    def both() -> None:
+        torch.autograd.grad(linear(x, weight), (x, weight), upstream)
+
+    return torch.no_grad()(lambda: linear(x, weight)), both
 
 
 def _fresh(mib: int) -> Callable[[], Any]:
@@ -200,15 +218,16 @@ def _fresh(mib: int) -> Callable[[], Any]:
 
 
 def _attention(
-    n: int, heads: int, queries: int, keys: int
+    count: int, heads: int, own: int, shared: int
 ) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    q = torch.randn(n, heads, queries, _HEAD_SIZE, requires_grad=True)
-    k, v = (torch.randn(n, heads, keys, _HEAD_SIZE, requires_grad=True) for _ in range(2))
-    mask = torch.zeros(1, 1, queries, keys)
+    """Segments of ``own`` tokens that all continue the same ``shared``, which have no queries."""
+    segments = torch.tensor([(i * own, own, 0, shared, shared + i * own) for i in range(count)])
+    q = torch.randn(count * own, heads, _HEAD_SIZE, requires_grad=True)
+    k, v = torch.randn(2, shared + count * own, heads, _HEAD_SIZE, requires_grad=True).unbind()
     upstream = torch.randn_like(q)
 
     def forward() -> Tensor:
-        return scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return attend(segments, q, k, v, _HEAD_SIZE**-0.5, None)
 
     return torch.no_grad()(forward), lambda: torch.autograd.grad(forward(), (q, k, v), upstream)
 

@@ -34,7 +34,6 @@ class Step:
         prompts, group: G samples and one demonstration for each prompt.
         prompt, completion: mean tokens of each; lengths vary by a third around them.
         token_budget: tokens of a micro-batch.
-        repeats: timed steps; the median is reported.
     """
 
     name: str
@@ -44,7 +43,6 @@ class Step:
     prompt: int
     completion: int
     token_budget: int = 4096
-    repeats: int = 3
 
 
 def _llama(*sizes: int) -> ModelShape:
@@ -53,8 +51,7 @@ def _llama(*sizes: int) -> ModelShape:
 
 
 STEPS = (
-    Step(name="SmolLM2-135M", shape=ModelShape(), prompts=1, group=2, prompt=138, completion=124,
-         repeats=1),
+    Step(name="SmolLM2-135M", shape=ModelShape(), prompts=1, group=2, prompt=138, completion=124),
     Step(name="SmolLM2's width, 4 layers", shape=ModelShape(layers=4), prompts=1, group=4,
          prompt=138, completion=124),
     Step(name="deep and narrow", shape=_llama(8192, 192, 512, 8, 3, 1), prompts=3, group=8,
@@ -74,13 +71,11 @@ STEPS = (
 )  # fmt: skip
 OUTSIDE = (  # where the model is expected not to hold; reported apart
     Step(name="two dozen tokens in all", shape=_llama(256, 64, 192, 4, 2, 1), prompts=1,
-         group=2, prompt=5, completion=5, repeats=5),
+         group=2, prompt=5, completion=5),
     Step(name="sequences of 4,000 tokens", shape=_llama(256, 128, 256, 2, 2, 2), prompts=1,
          group=2, prompt=3000, completion=1000, token_budget=8192),
 )  # fmt: skip
-QUICK_STEPS = (
-    Step(name="tiny", shape=TINY, prompts=1, group=2, prompt=6, completion=5, repeats=1),
-)
+QUICK_STEPS = (Step(name="tiny", shape=TINY, prompts=1, group=2, prompt=6, completion=5),)
 
 
 def random_model(shape: ModelShape, seed: int = 0) -> LanguageModel:
@@ -192,25 +187,36 @@ def _advantages(rewards: torch.Tensor, traces: Sequence[Trace]) -> list[torch.Te
     return list(values.split(lengths))
 
 
-def validate(step: Step, rates: Rates) -> dict[str, object]:
-    """Run a step a few times and predict it: seconds by phase, both ways, and what was counted."""
-    sizes = (step.shape.vocab, step.prompts)
-    lengths = (step.prompt, step.completion)
-    samples = random_traces(*sizes, step.group, *lengths, spread=1 / 3)
-    experts = random_traces(*sizes, 1, *lengths, spread=1 / 3, source=Source.EXPERT)
-    runner = StepRunner(step.shape, step.token_budget)
-    runner.run(samples, experts)
-    runs = [runner.run(samples, experts) for _ in range(step.repeats)]
-    seen = Workload.of([*samples, *experts], step.token_budget)
-    predicted = step_s(step.shape, seen, Workload.of(samples, step.token_budget), rates)
-    measured = {phase: statistics.median(run[phase] for run in runs) for phase in predicted}
-    return {
-        "name": step.name,
-        "shape": asdict(step.shape),
-        "seen": asdict(seen),
-        "sequences": len(samples) + len(experts),
-        "measured": measured,
-        "spread": {p: max(r[p] for r in runs) / min(r[p] for r in runs) for p in predicted},
-        "predicted": predicted,
-        "error": {phase: predicted[phase] / measured[phase] - 1 for phase in predicted},
-    }
+class Validation:
+    """A step, run once to warm up, and what every further run took."""
+
+    def __init__(self, step: Step) -> None:
+        self.step = step
+        sizes = (step.shape.vocab, step.prompts)
+        lengths = (step.prompt, step.completion)
+        self._samples = random_traces(*sizes, step.group, *lengths, spread=1 / 3)
+        self._experts = random_traces(*sizes, 1, *lengths, spread=1 / 3, source=Source.EXPERT)
+        self._runner = StepRunner(step.shape, step.token_budget)
+        self._runs: list[dict[str, float]] = []
+        self._runner.run(self._samples, self._experts)
+
+    def round(self) -> None:
+        """Run the step once more."""
+        self._runs.append(self._runner.run(self._samples, self._experts))
+
+    def against(self, rates: Rates) -> dict[str, object]:
+        """Seconds by phase, the median of the runs and as predicted, and what was counted."""
+        step, runs, samples = self.step, self._runs, self._samples
+        seen = Workload.of([*samples, *self._experts], step.token_budget)
+        predicted = step_s(step.shape, seen, Workload.of(samples, step.token_budget), rates)
+        measured = {phase: statistics.median(run[phase] for run in runs) for phase in predicted}
+        return {
+            "name": step.name,
+            "shape": asdict(step.shape),
+            "seen": asdict(seen),
+            "sequences": len(samples) + len(self._experts),
+            "measured": measured,
+            "spread": {p: max(r[p] for r in runs) / min(r[p] for r in runs) for p in predicted},
+            "predicted": predicted,
+            "error": {phase: predicted[phase] / measured[phase] - 1 for phase in predicted},
+        }

@@ -6,8 +6,9 @@
 A Llama-shaped decoder, float32, both models of one shape, f read by the lm head. What is counted:
 
 - products: 2 T P flops for a pass over P weights, twice that for its backward, and P weights
-  streamed from memory each time (all there is to a skinny product);
-- attention: 4 A E flops per head, 10 backward (it makes the scores again);
+  read and laid out each time;
+- attention: 4 A E flops per head, 10 backward (it makes the scores again), of the blocks that the
+  kernel does not skip;
 - everything elementwise: the floats that it reads and writes, 20 D + 16 H E + 14 K E + 5 I per
   token and layer (norms, rotary, gathers of the packed layout, residuals, SwiGLU, counted in the
   code), and as many again backward;
@@ -33,7 +34,7 @@ from airl_fast.packing import Trace, pack
 from airl_fast.planning import plan_traces
 from benchmarks.packing import ModelShape
 
-KEY_BLOCK = 512  # keys that torch's causal CPU kernel takes at once; blocks above are skipped
+BLOCK = 96  # of 48 queries and 64 keys: twice the keys beyond the diagonal, on average, of a query
 LARGE = 32 * 2**20  # bytes from which glibc maps every buffer anew: its highest mmap threshold
 _FLOAT = 4  # bytes
 PHASES = ("scoring", "discriminator update", "energies", "policy update")
@@ -68,19 +69,15 @@ class Workload:
         return Workload(*(factor * getattr(self, field.name) for field in fields(self)))
 
 
-def attention_scores(own: np.ndarray, before: np.ndarray, block: int | None = KEY_BLOCK) -> int:
+def attention_scores(own: np.ndarray, before: np.ndarray, block: int = BLOCK) -> int:
     """Scores of segments of ``own`` tokens that continue ``before`` tokens.
 
     Args:
         own: [P].
         before: [P].
-        block: the kernel leaves out blocks of keys above the diagonal; None: it leaves out none.
+        block: twice the keys that a query meets on average beyond those that it sees; 1: none.
     """
-    whole = own * (own + before)
-    if block is None:
-        return int(whole.sum())
-    causal = own * np.minimum(own, (own + block) // 2)
-    return int(np.where(before > 0, whole, causal).sum())
+    return int((own * before + np.minimum(own * own, own * (own + block) // 2)).sum())
 
 
 @dataclass(frozen=True)
@@ -96,19 +93,21 @@ class Rates:
     """What this machine does per second; see cost_rates.py for how each is measured.
 
     Attributes:
-        product: flop/s of a float32 matrix product whose operands are at hand.
-        memory: bytes/s at which a product streams a weight from memory.
+        product, product_backward: flop/s of a float32 matrix product whose operands are at hand,
+            and of its two gradients.
+        memory: bytes/s at which a product reads a weight and lays it out, whatever the rows.
         fresh: bytes/s at which memory is written for the first time (page faults).
-        attention, attention_backward: flop/s of scaled_dot_product_attention.
+        attention, attention_backward: flop/s of attention over a packed batch.
         elementwise, elementwise_backward: bytes/s of a trunk's elementwise operations.
         layer, layer_backward: seconds to dispatch one layer.
         optimiser: weights/s that are clipped and updated by AdamW, of matrices up to 32 MiB.
-        optimiser_large: of larger ones, whose temporaries are mapped anew at every update.
+        optimiser_large: of larger ones.
         score, policy, gradient: the head's operators: linear_logprob without gradients,
             linear_policy_loss and linear_logprob with gradients.
     """
 
     product: float
+    product_backward: float
     memory: float
     fresh: float
     attention: float
@@ -173,7 +172,7 @@ def trunk_backward_s(shape: ModelShape, work: Workload, rates: Rates) -> float:
     weights, embedding = trunk_weights(shape), shape.vocab * shape.hidden
     moved = work.tokens * shape.layers * elementwise_floats(shape) * _FLOAT
     return (
-        4 * work.tokens * weights / rates.product
+        4 * work.tokens * weights / rates.product_backward
         + work.micro_batches * weights * _FLOAT / rates.memory
         + 10 * work.scores * shape.hidden * shape.layers / rates.attention_backward
         + moved / rates.elementwise_backward

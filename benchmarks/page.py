@@ -203,7 +203,8 @@ def cost_blocks(found: Mapping[str, Any]) -> dict[str, str]:
 
 _UNITS = {
     "product": ("GFLOP/s", 1e9, "matrix products, operands at hand"),
-    "memory": ("GB/s", 1e9, "a weight streamed through a skinny product"),
+    "product_backward": ("GFLOP/s", 1e9, "both their gradients"),
+    "memory": ("GB/s", 1e9, "a weight read and laid out by a product"),
     "fresh": ("GB/s", 1e9, "memory written for the first time"),
     "attention": ("GFLOP/s", 1e9, "attention, forward"),
     "attention_backward": ("GFLOP/s", 1e9, "attention, backward"),

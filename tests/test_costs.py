@@ -23,6 +23,7 @@ WORK = Workload(tokens=900, actions=600, scores=40_000, micro_batches=3)
 HEAD = HeadRate(logit=1e-9, weight=2e-9)
 RATES = Rates(
     product=2e11,
+    product_backward=1.5e11,
     memory=8e9,
     fresh=3e9,
     attention=1e11,
@@ -41,7 +42,7 @@ RATES = Rates(
 ONLY_FLOPS = Rates(
     **{
         **{name: float("inf") for name in asdict(RATES)},
-        **dict.fromkeys(("product", "attention", "attention_backward"), 1.0),
+        **dict.fromkeys(("product", "product_backward", "attention", "attention_backward"), 1.0),
         **dict.fromkeys(("layer", "layer_backward"), 0.0),
         **dict.fromkeys(("score", "policy", "gradient"), HeadRate(0.0, 0.0)),
     }
@@ -157,19 +158,18 @@ def test_products_of_the_head() -> None:
 
 @pytest.mark.parametrize(("own", "before"), [([7, 600, 1025], [0, 0, 0]), ([5, 40], [11, 700])])
 def test_scores_of_attention_by_brute_force(own: list[int], before: list[int]) -> None:
-    def blocks(length: int, behind: int) -> int:
-        """Row by row: every block of keys that holds a key this row's block of queries may see."""
-        if behind:
-            return length * (length + behind)
-        return sum(min(length, 512 * ((query // 512) + 1)) for query in range(length))
+    def causal(length: int) -> int:
+        """Blocks of 48 queries and 64 keys that hold a key which one of its queries sees."""
+        ends = [min(length, first + 48) for first in range(0, length, 48)]
+        return sum((end - 48 * i) * min(length, 64 * -(-end // 64)) for i, end in enumerate(ends))
 
     counted = costs.attention_scores(np.array(own), np.array(before))
-    exact = sum(blocks(o, b) for o, b in zip(own, before, strict=True))
+    exact = sum(o * b + causal(o) for o, b in zip(own, before, strict=True))
     assert counted == pytest.approx(exact, rel=0.05)
-    if max(own) <= 512:
+    if max(own) <= 48:
         assert counted == exact
-    whole = costs.attention_scores(np.array(own), np.array(before), block=None)
-    assert whole == sum(o * (o + b) for o, b in zip(own, before, strict=True)) >= counted
+    least = costs.attention_scores(np.array(own), np.array(before), block=1)
+    assert least == sum(o * b + o * (o + 1) // 2 for o, b in zip(own, before, strict=True))
 
 
 def test_a_batch_is_counted_as_the_learners_cut_it() -> None:
