@@ -45,7 +45,7 @@ class Sizes:
     """Sizes of the experiments; none is the shape of a validation."""
 
     product: tuple[tuple[int, int, int], ...] = ((1536, 1280, 512), (1536, 512, 1280))  # m, n, k
-    skinny: tuple[int, int, int] = (256, 8192, 512)  # as few rows as the CPU's tiles take
+    few_rows: tuple[int, int, int] = (256, 8192, 512)  # the fewest that the CPU's tiles take
     fresh_mib: int = 96
     attention: tuple[int, int, int, int] = (4, 8, 256, 128)  # segments, H, own, shared tokens
     reference: ModelShape = _REFERENCE
@@ -59,7 +59,7 @@ class Sizes:
 
 QUICK = Sizes(
     product=((32, 48, 64),),
-    skinny=(2, 1024, 64),
+    few_rows=(2, 1024, 64),
     fresh_mib=1,
     attention=(2, 2, 8, 4),
     reference=ModelShape(vocab=32, hidden=32, inner=64, layers=2, heads=2, kv_heads=1),
@@ -112,7 +112,7 @@ def _experiments(sizes: Sizes) -> dict[str, Callable[[], Any]]:
     calls: dict[str, Callable[[], Any]] = {}
     for i, (m, n, k) in enumerate(sizes.product):
         calls[f"product {i}"], calls[f"product backward {i}"] = _product(m, n, k)
-    calls["skinny"], _ = _product(*sizes.skinny)
+    calls["few rows"], _ = _product(*sizes.few_rows)
     calls["fresh"] = _fresh(sizes.fresh_mib)
     calls["attention"], calls["attention backward"] = _attention(*sizes.attention)
     for name, shape, traces in (
@@ -134,8 +134,8 @@ def solve(sizes: Sizes, times: dict[str, float]) -> Rates:
     forward = sum(times[f"product {i}"] for i in range(len(flops)))
     both = sum(times[f"product backward {i}"] for i in range(len(flops)))
     product = sum(flops) / forward
-    m, n, k = sizes.skinny
-    memory = n * k * _FLOAT / _rest(times["skinny"], 2 * m * n * k / product)
+    m, n, k = sizes.few_rows
+    memory = n * k * _FLOAT / _rest(times["few rows"], 2 * m * n * k / product)
     count, heads, own, shared = sizes.attention
     scores = attention_scores(np.full(count, own), np.full(count, shared))
     per_pass = heads * scores * _HEAD_SIZE
